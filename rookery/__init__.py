@@ -1,0 +1,42 @@
+"""Rookery: distributed reinforcement learning for PyTorch.
+
+`train("ppo", "CartPole-v1", steps=150_000)` gives a run; `load(path)` brings one back. Everything is imported when it
+is first used, so that `import rookery` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "train": "rookery.train",
+    "resume": "rookery.train",
+    "load": "rookery.train",
+    "evaluate": "rookery.train",
+    "Run": "rookery.train",
+    "Policy": "rookery.train",
+    "Options": "rookery.train",
+    "make_env": "rookery.envs.make",
+    "VectorEnv": "rookery.envs.vector",
+    "check_env": "rookery.envs.check",
+    "PPO": "rookery.algorithms.ppo",
+    "A2C": "rookery.algorithms.a2c",
+    "SYSTEMS": "rookery.systems",
+}
+
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"rookery has no {name!r}; it has {', '.join(_WHERE)}.")
+    value = getattr(import_module(_WHERE[name]), name)
+    globals()[name] = value  # also over the module of the same name, which the import has put there
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

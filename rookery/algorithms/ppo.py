@@ -1,0 +1,125 @@
+"""Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347), clipped surrogate.
+
+Idea: collect T steps in B lanes, then take several epochs of minibatch steps on the same data, with the probability
+ratio clipped so that the policy cannot leave the region in which the data still speak about it.
+
+What differs from the paper: advantages are normalised in each minibatch, value and policy have separate networks on
+vector observations, weights start orthogonal, and the clip range is annealed with the learning rate, as in the
+reference implementations; value clipping and a KL stop are options.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from rookery.algorithms.base import (
+    Acted,
+    Algorithm,
+    Batch,
+    Loss,
+    Network,
+    OnPolicy,
+    scaled_reward,
+    update_norms,
+    valid_mean,
+)
+from rookery.estimators import gae
+
+if TYPE_CHECKING:
+    from rookery.envs.spec import EnvSpec
+    from rookery.envs.vector import Obs
+    from rookery.nn.actor_critic import ActorCritic
+
+__all__ = ["PPO"]
+
+
+@dataclass(frozen=True)
+class PPO(Algorithm):
+    """Proximal policy optimisation (Schulman et al. 2017), clipped surrogate."""
+
+    unroll: int = 128  # T, steps of an unroll (Table 5)
+    epochs: int = 4  # passes over an unroll
+    minibatches: int = 4  # updates an epoch
+    lr: float = 2.5e-4  # Adam's step size (Table 5)
+    anneal: bool = True  # learning rate and clip range fall linearly to 0 over the run (Table 5)
+    gamma: float = 0.99  # discount
+    lam: float = 0.95  # λ of GAE
+    clip: float = 0.2  # ε, range of the probability ratio
+    clip_value: bool = False  # keep the value within ε of the old one
+    value_coef: float = 0.5  # c₁, weight of the value loss
+    entropy_coef: float = 0.01  # c₂, weight of the entropy bonus
+    max_grad_norm: float | None = 0.5  # global norm of the gradient
+    target_kl: float | None = None  # leave out the rest of a batch's updates past this KL
+    hidden: tuple[int, ...] = (64, 64)  # units of the MLP's layers
+    activation: Literal["tanh", "relu", "silu"] = "tanh"
+    memory: Literal["none", "lstm", "gru"] = "none"  # recurrent core
+    memory_size: int = 128  # units of the recurrent core
+    normalize_obs: bool = False  # by running mean and variance
+    normalize_reward: bool = False  # by the running deviation of the discounted return
+
+    @property
+    def plan(self) -> OnPolicy:
+        return OnPolicy(self.unroll, self.epochs, self.minibatches, sequences=self.memory != "none")
+
+    def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritic:
+        from rookery.nn.actor_critic import ActorCritic
+
+        shape = (self.hidden, self.activation, self.memory, self.memory_size)
+        return ActorCritic(spec, *shape, self.normalize_obs, self.normalize_reward, network)
+
+    def act(self, net: ActorCritic, obs: Obs, state: Tensor, explore: Tensor | None) -> Acted:
+        (policy, value), state = net(obs, state)
+        if explore is None:
+            return Acted(policy.mode(), {}, state)
+        action = policy.sample(explore)
+        return Acted(action, {"log_prob": policy.log_prob(action), "value": value}, state)
+
+    def prepare(self, net: ActorCritic, unroll: Batch) -> Batch:
+        value, reward = unroll["value"], scaled_reward(net, unroll)
+        terminated, truncated = unroll["terminated"][:-1], unroll["truncated"][:-1]
+        advantage = gae(reward, value[:-1], value[1:], terminated, terminated | truncated, self.gamma, self.lam)
+        kept = {name: unroll[name][:-1] for name in ("obs", "action", "log_prob", "value", "valid", "start")}
+        return {**kept, "advantage": advantage, "target": advantage + value[:-1], "state": unroll["state"]}
+
+    def loss(self, net: ActorCritic, target: None, batch: Batch, remaining: Tensor) -> Loss:
+        valid, clip = batch["valid"], self.clip * remaining if self.anneal else self.clip
+        (policy, value), _ = net(batch["obs"], batch["state"], batch["start"])
+
+        advantage = batch["advantage"]
+        centred = advantage - valid_mean(advantage, valid)
+        advantage = centred / (valid_mean(centred.square(), valid).sqrt() + 1e-8)
+
+        log_ratio = policy.log_prob(batch["action"]) - batch["log_prob"]
+        ratio = log_ratio.exp()
+        surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)  # eq. 7
+        policy_loss = -valid_mean(surrogate, valid)
+
+        error = (value - batch["target"]).square()
+        if self.clip_value:
+            clipped = batch["value"] + (value - batch["value"]).clamp(-clip, clip)
+            error = torch.maximum(error, (clipped - batch["target"]).square())
+        value_loss = 0.5 * valid_mean(error, valid)
+
+        entropy = valid_mean(policy.entropy(), valid)
+        loss = policy_loss + self.value_coef * value_loss - self.entropy_coef * entropy  # eq. 9
+
+        kl = valid_mean(ratio - 1 - log_ratio, valid).detach()  # unbiased, never negative (Schulman 2020)
+        metrics = {
+            "loss": loss.detach(),
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "entropy": entropy.detach(),
+            "approx_kl": kl,
+            "clip_fraction": valid_mean(((ratio - 1).abs() > clip).float(), valid).detach(),
+        }
+        return Loss(loss, metrics, stop=None if self.target_kl is None else kl > self.target_kl)
+
+    def finish(self, net: ActorCritic, unroll: Batch) -> None:
+        update_norms(net, unroll)
+
+    def learning_rate(self, remaining: float) -> float:
+        return self.lr * remaining if self.anneal else self.lr

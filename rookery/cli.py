@@ -1,0 +1,206 @@
+"""The command line: one verb a function, no logic of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+if TYPE_CHECKING:
+    from rookery.train import Run
+
+__all__ = ["main"]
+
+USAGE = """usage: rookery VERB ...
+
+  train SYSTEM ENV [flags]     train; `rookery train ppo CartPole-v1 --help` shows every flag
+  resume RUN [--steps N]       go on from the last checkpoint
+  eval RUN [--episodes N] [--json]
+  video RUN                    record an episode
+  plot RUN ...                 learning curve of a run, or mean and interval of several
+  list systems|envs
+  check-env ENV                does an environment keep the stream convention?
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Display:
+    """Where a run goes, and how much it says."""
+
+    run_dir: Path | None = None  # a new folder; by default under runs/
+    quiet: bool = False  # no progress display
+    recipe: bool = True  # begin from the tuned settings for this environment
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one verb. A mistake ends with one sentence and status 2, an interrupted run with 130 or 143."""
+    words = sys.argv[1:] if arguments is None else arguments
+    verb, rest = (words[0], words[1:]) if words else ("help", [])
+    if verb in ("help", "-h", "--help"):
+        print(USAGE)
+        return
+    if verb not in VERBS:
+        sys.exit(f"rookery: no verb {verb!r}; there are {', '.join(VERBS)}.")
+    try:
+        VERBS[verb](rest)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, RuntimeError, TypeError, OSError) as error:
+        if "ROOKERY_TRACEBACK" in os.environ or "--traceback" in words:
+            raise
+        sys.exit(f"rookery: {' '.join(str(error).split())}")
+
+
+def train(words: list[str]) -> None:
+    """`rookery train SYSTEM ENV [flags]`: the flags are the fields of the algorithm and of a run's options."""
+    import tyro
+
+    if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
+        raise ValueError("train takes a system and an environment, such as `rookery train ppo CartPole-v1`.")
+    from rookery.train import resolve
+    from rookery.train import train as run_training
+
+    system, env = words[:2]
+    _, algorithm, options = resolve(system, env, {}, tuned="--no-recipe" not in words)
+    parts = {"display": Display(), "options": options, "algorithm": algorithm}
+    fields = [(name, type(part), dataclasses.field(default=part)) for name, part in parts.items()]
+    flags = dataclasses.make_dataclass("Train", fields)
+    given: Any = tyro.cli(
+        flags, args=words[2:], prog=f"rookery train {system} {env}", config=(tyro.conf.OmitArgPrefixes,)
+    )
+    settings = {**vars(given.options), **vars(given.algorithm)}
+    _finish(run_training(system, env, run_dir=given.display.run_dir, quiet=given.display.quiet, **settings))
+
+
+def resume(words: list[str]) -> None:
+    """`rookery resume RUN [--steps N] [--quiet]`."""
+    import tyro
+
+    def arguments(run: Annotated[Path, tyro.conf.Positional], steps: int | None = None, quiet: bool = False) -> Any:
+        return run, steps, quiet
+
+    run, steps, quiet = tyro.cli(arguments, args=words, prog="rookery resume")
+    from rookery.train import resume as go_on
+
+    _finish(go_on(run, steps=steps, quiet=quiet))
+
+
+def evaluate(words: list[str]) -> None:
+    """`rookery eval RUN [--episodes N] [--json] [--which latest|best]`."""
+    import tyro
+
+    def arguments(
+        run: Annotated[Path, tyro.conf.Positional],
+        episodes: int = 20,
+        seed: int = 1,
+        which: Literal["latest", "best"] = "latest",
+        json: bool = False,
+    ) -> Any:
+        return run, episodes, seed, which, json
+
+    run, episodes, seed, which, as_json = tyro.cli(arguments, args=words, prog="rookery eval")
+    from rookery.train import load
+
+    found = load(run).evaluate(episodes, seed, which)
+    summary = found.summary()
+    if as_json:
+        print(json.dumps({**summary, "returns": found.returns, "lengths": found.lengths}))
+    else:
+        print("return {eval_return_mean:.2f} ± {eval_return_std:.2f} over {eval_episodes} episodes".format(**summary))
+
+
+def video(words: list[str]) -> None:
+    """`rookery video RUN`."""
+    import tyro
+
+    def arguments(run: Annotated[Path, tyro.conf.Positional], steps: int = 1000, seed: int = 1) -> Any:
+        return run, steps, seed
+
+    run, steps, seed = tyro.cli(arguments, args=words, prog="rookery video")
+    from rookery.train import load
+
+    print(load(run).record_video(steps, seed))
+
+
+def plot(words: list[str]) -> None:
+    """`rookery plot RUN ... [--out FILE]`."""
+    import tyro
+
+    def arguments(runs: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path = Path("comparison.png")) -> Any:
+        return runs, out
+
+    runs, out = tyro.cli(arguments, args=words, prog="rookery plot")
+    from rookery.runs.plots import plot_run, plot_runs
+
+    if not runs:
+        raise ValueError("plot takes one run folder or several, such as `rookery plot runs/*`.")
+    print(plot_run(runs[0]) if len(runs) == 1 else plot_runs(list(runs), out))
+
+
+def show(words: list[str]) -> None:
+    """`rookery list systems|envs`."""
+    what = words[0] if words else ""
+    if what == "systems":
+        from rookery.systems import SYSTEMS
+
+        for system in SYSTEMS.values():
+            print(f"{system.name:<8} {system.topology:<16} {system.about}")
+    elif what == "envs":
+        from rookery.envs.make import BACKENDS, env_ids
+
+        for backend in BACKENDS:
+            for name in env_ids(backend):
+                print(f"{backend}:{name}")
+    else:
+        raise ValueError(f"list {what!r}: say `rookery list systems` or `rookery list envs`.")
+
+
+def check_env(words: list[str]) -> None:
+    """`rookery check-env ENV`."""
+    from rookery.envs.check import check_env as check
+
+    if len(words) != 1:
+        raise ValueError("check-env takes one environment, such as `rookery check-env CartPole-v1`.")
+    report = check(words[0])
+    print(report)
+    if not report.ok:
+        sys.exit(1)
+
+
+def _finish(run: Run) -> None:
+    """Say where everything is, and how to go on."""
+    summary = run.summary
+    if run.interrupted:
+        print(
+            f"Interrupted at step {summary['steps']}; the checkpoint is written. Go on with: rookery resume {run.path}"
+        )
+        sys.exit(130)
+    print(
+        f"{summary['system']} on {summary['env']}: evaluation {summary['eval_return_mean']:.1f} ± "
+        f"{summary['eval_return_std']:.1f} over {summary['eval_episodes']} episodes, {summary['steps']:,} steps in "
+        f"{summary['seconds']:.1f} s."
+    )
+    print(f"curve       {run.plot()}")
+    try:
+        print(f"video       {run.record_video()}")
+    except Exception as error:  # a picture that cannot be drawn here must not hide what was learnt
+        print(f"video       none: {' '.join(str(error).split())}")
+    print(f"checkpoint  {run.checkpoints.path(run.checkpoints.steps()[-1])}")
+
+
+VERBS = {
+    "train": train,
+    "resume": resume,
+    "eval": evaluate,
+    "video": video,
+    "plot": plot,
+    "list": show,
+    "check-env": check_env,
+}
+
+
+if __name__ == "__main__":
+    main()

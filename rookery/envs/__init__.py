@@ -1,0 +1,1 @@
+"""Environments: one vector interface, three backends, and transforms."""

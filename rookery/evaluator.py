@@ -1,0 +1,107 @@
+"""What an evaluator does: play whole episodes on lanes of its own, with the greedy policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rookery.algorithms.base import Algorithm, PolicyNet
+from rookery.envs.vector import VectorEnv
+from rookery.nn.flat import FlatParameters, restore
+
+__all__ = ["Evaluation", "Evaluator"]
+
+
+class Evaluation(NamedTuple):
+    """Whole episodes, in the order of their lanes."""
+
+    returns: list[float]
+    lengths: list[int]  # steps
+
+    def summary(self) -> dict[str, Any]:
+        """Mean, standard deviation and number of the returns."""
+        return {
+            "eval_return_mean": float(np.mean(self.returns)),
+            "eval_return_std": float(np.std(self.returns)),
+            "eval_episodes": len(self.returns),
+        }
+
+
+class Evaluator:
+    """Plays episodes with the weights it is given.
+
+    Every lane plays the same number of episodes, so that short ones are not favoured.
+
+    Args:
+        greedy: the most likely action rather than a sampled one.
+    """
+
+    def __init__(
+        self, algorithm: Algorithm, net: PolicyNet, env: VectorEnv, seed: int, greedy: bool = True, bf16: bool = False
+    ) -> None:
+        self.algorithm, self.net, self.env, self.greedy = algorithm, net.requires_grad_(False), env, greedy
+        self.generator = torch.Generator(env.device).manual_seed(seed)
+        self.due = 0  # steps at which the next evaluation falls due
+        self._flat = FlatParameters(net)
+        self._bf16 = bf16
+
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Play with these weights from now on."""
+        restore(self.net, self._flat, values)
+
+    @torch.no_grad()
+    def play(self, episodes: int, limit: int = 1_000_000) -> Evaluation:
+        """Play `episodes`, a multiple of the lanes.
+
+        Raises:
+            RuntimeError: if an episode takes more than `limit` steps.
+        """
+        each = -(-episodes // self.env.lanes)
+        sums = torch.zeros(2, self.env.lanes, device=self.env.device)
+        found: list[list[tuple[float, float]]] = [[] for _ in range(self.env.lanes)]
+        obs, state = self.env.reset(), self.net.initial_state(self.env.lanes, self.env.device)
+        for _ in range(limit):
+            noise = None if self.greedy else self.net.draw((self.env.lanes,), self.generator)
+            with torch.autocast(self.env.device.type, torch.bfloat16, enabled=self._bf16):
+                action, _, state = self.algorithm.act(self.net, obs, state, noise)
+            step = self.env.step(action)
+            obs = step.obs
+            if state.shape[-1]:
+                state = state.masked_fill(~step.valid.unsqueeze(-1), 0)
+            sums[0] += step.info.get("raw_reward", step.reward)
+            sums[1] += step.valid
+            ended = step.terminated | step.truncated
+            if ended.any():
+                for lane in ended.nonzero().flatten().tolist():
+                    found[lane].append((float(sums[0, lane]), float(sums[1, lane])))
+                sums.masked_fill_(ended, 0)
+                if all(len(lane) >= each for lane in found):
+                    kept = [episode for lane in found for episode in lane[:each]]
+                    return Evaluation([r for r, _ in kept], [int(length) for _, length in kept])
+        raise RuntimeError(f"an episode of {self.env.spec.id} takes more than {limit} steps; give it a time limit.")
+
+    @torch.no_grad()
+    def frames(self, steps: int) -> Iterator[np.ndarray]:
+        """Pictures `[H, W, 3]` of lane 0 playing one episode, of at most `steps` steps."""
+        obs, state = self.env.reset(), self.net.initial_state(self.env.lanes, self.env.device)
+        for _ in range(steps):
+            yield self.env.render()
+            noise = None if self.greedy else self.net.draw((self.env.lanes,), self.generator)
+            action, _, state = self.algorithm.act(self.net, obs, state, noise)
+            obs, _, terminated, truncated, _, _ = self.env.step(action)
+            if terminated[0] or truncated[0]:
+                yield self.env.render()
+                return
+
+    def state(self) -> dict[str, Any]:
+        """When the next evaluation falls due, and the random generator."""
+        return {"due": self.due, "noise": self.generator.get_state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from where `state()` was taken."""
+        self.due = state["due"]
+        self.generator.set_state(state["noise"])

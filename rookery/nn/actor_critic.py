@@ -1,0 +1,157 @@
+"""The network of actor-critic algorithms: a policy and a value from an observation, with memory if asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from rookery.envs.spec import MASK, EnvSpec, example, leaves, mask_of
+from rookery.nn.cores import make_core
+from rookery.nn.encoders import Encoder, VectorEncoder, make_encoder
+from rookery.nn.heads import Policy, make_head
+from rookery.nn.init import init_linear
+from rookery.nn.norm import NormObs, RunningNorm
+
+__all__ = ["ActorCritic", "ActorCriticOutput"]
+
+Obs = Tensor | TensorDict
+Network = nn.Module | Callable[[EnvSpec], nn.Module]
+
+
+class ActorCriticOutput(NamedTuple):
+    """What an actor-critic says about observations `[...]`."""
+
+    policy: Policy
+    value: Tensor  # [...]
+
+
+class ActorCritic(nn.Module):
+    """A policy head and a value head on one trunk or two.
+
+    Observations without images, and without memory, use two trunks (actor and critic) evaluated as one batched
+    product; images, memory and a user's own network use one trunk for both.
+
+    Args:
+        hidden: layer sizes of the MLP over everything that is no image.
+        memory: the recurrent core after the trunk, of `memory_size`.
+        normalize_obs: normalise float observations by `self.norm`, a `NormObs` that the algorithm updates.
+        normalize_reward: keep `self.return_norm`, the moments of the discounted return, by which rewards are scaled.
+        network: a user's trunk, or a function that makes it from the spec: observations `[N, ...]` as the environment
+            gives them (normalised if asked for) to features `[N, F]`.
+        squash: Box actions through tanh.
+    """
+
+    def __init__(
+        self,
+        spec: EnvSpec,
+        hidden: tuple[int, ...] = (64, 64),
+        activation: str = "tanh",
+        memory: Literal["none", "lstm", "gru"] = "none",
+        memory_size: int = 128,
+        normalize_obs: bool = False,
+        normalize_reward: bool = False,
+        network: Network | None = None,
+        squash: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm = NormObs(spec.obs_space) if normalize_obs else None
+        self.twin = False
+        if network is None:
+            trunk = make_encoder(spec.obs_space, hidden, activation=activation)
+            self.twin = memory == "none" and isinstance(trunk, VectorEncoder)
+            if self.twin:
+                trunk = make_encoder(spec.obs_space, hidden, activation=activation, copies=2)
+        else:
+            trunk = OwnNetwork(spec, network)
+        self.trunk = trunk
+        self.core = make_core(memory, trunk.features, memory_size)
+        self.state_size = self.core.state_size
+        self.return_norm = RunningNorm(()) if normalize_reward else None
+        self.policy_head = make_head(spec.action_space, self.core.features, gain=0.01, squash=squash)
+        self.value_head = init_linear(nn.Linear(self.core.features, 1), gain=1.0)
+        _check_mask(spec, self.policy_head.noise_size)
+
+    def initial_state(self, lanes: int, device: torch.device | str = "cpu") -> Tensor:
+        """The memory before an episode, float32 `[B, S]`; S is 0 without memory."""
+        return torch.zeros(lanes, self.state_size, device=device)
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """The noise that sampling actions of this shape takes: `[*shape, N]`, on the generator's device."""
+        return self.policy_head.draw(shape, generator, generator.device)
+
+    def forward(
+        self, obs: Obs, state: Tensor | None = None, start: Tensor | None = None
+    ) -> tuple[ActorCriticOutput, Tensor | None]:
+        """The policy and value at each observation, and the memory after the last.
+
+        Args:
+            obs: `[..., *obs]` without memory; one step `[B, *obs]` or, with `start` `[T, B]`, a sequence
+                `[T, B, *obs]` with memory.
+            state: `[B, S]` before the first row; not needed without memory.
+            start: bool `[T, B]`, or `[B]` for one step: rows that begin an episode, before which the memory is zeroed.
+        """
+        if state is None and self.state_size:
+            raise ValueError("A policy with memory needs its state; begin with initial_state(lanes, device).")
+        mask = mask_of(obs)
+        if self.norm is not None:
+            obs = self.norm(obs)
+        features = self.trunk(obs)
+        if features.dtype == torch.float32:
+            return self._heads(features, mask, state, start)
+        with torch.autocast(features.device.type, enabled=False):  # bf16 is for the trunk; probabilities need float32
+            return self._heads(features.float(), mask, state, start)
+
+    def _heads(
+        self, features: Tensor, mask: Tensor | None, state: Tensor | None, start: Tensor | None
+    ) -> tuple[ActorCriticOutput, Tensor | None]:
+        if self.twin:
+            actor, critic = features.unbind(0)
+        else:
+            actor, state = self.core(features, state, start)
+            critic = actor
+        return ActorCriticOutput(self.policy_head(actor, mask), self.value_head(critic).squeeze(-1)), state
+
+
+class OwnNetwork(Encoder):
+    """A user's network on observations with any leading dimensions; its feature size is found by one evaluation."""
+
+    def __init__(self, spec: EnvSpec, network: Network) -> None:
+        super().__init__()
+        self.network = network if isinstance(network, nn.Module) else network(spec)
+        if not isinstance(self.network, nn.Module):
+            raise TypeError(
+                f"network(spec) returned {type(self.network).__name__}; "
+                "return an nn.Module from observations to features."
+            )
+        found = leaves(spec.obs_space)
+        self.ndim = len(found[()].shape or ()) if () in found else 0
+        first = next(self.network.parameters(), torch.empty(0))
+        obs = example(spec.obs_space, lanes=2, device=first.device)
+        with torch.no_grad():
+            features = self.network(obs)
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(
+                f"The network must map 2 observations to features of shape (2, F), and it gave {got}; "
+                "flatten its output from dimension 1 on."
+            )
+        self.features = features.shape[-1]
+
+    def forward(self, obs: Obs) -> Tensor:
+        lead = obs.shape[: obs.ndim - self.ndim]  # a TensorDict's shape is that of its batch
+        rows = obs if len(lead) == 1 else obs.reshape(-1, *obs.shape[len(lead) :])
+        features = self.network(rows)
+        return features if len(lead) == 1 else features.reshape(*lead, self.features)
+
+
+def _check_mask(spec: EnvSpec, choices: int) -> None:
+    found, actions = leaves(spec.obs_space), leaves(spec.action_space)
+    if (MASK,) in found and () in actions and found[(MASK,)].shape != (choices,):
+        raise ValueError(
+            f"The action_mask of {spec.id} has shape {found[(MASK,)].shape}, and its actions need ({choices},): "
+            "one entry for each choice, in order."
+        )

@@ -1,0 +1,1 @@
+"""Tuned settings, as data: one TOML file a system, one table an environment."""

@@ -1,0 +1,87 @@
+"""The one place that a run's roles report to."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rookery.runs.metrics import MetricsLog, plain
+from rookery.runs.progress import Progress
+from rookery.runs.sinks import Guarded, Sink
+
+__all__ = ["Recorder"]
+
+EVALUATION = ("eval_return_mean", "eval_return_std", "eval_episodes")
+
+
+class Recorder:
+    """Hands every report to the log, the sinks and the progress display, and keeps what the summary needs.
+
+    Whatever depends on the clock is reported under `seconds` and `steps_per_second` and under no other name, so that
+    two logs can be compared without it.
+    """
+
+    def __init__(self, log: MetricsLog, sinks: Sequence[Sink] = (), progress: Progress | None = None) -> None:
+        self.log = log
+        self.steps: dict[str, int] = {}  # the latest step of each role, by `role.index`
+        self._sinks = [Guarded(sink) for sink in sinks]
+        self._progress = progress
+        self._episodes = 0
+        self._returns: deque[float] = deque(maxlen=100)
+        self._evaluation: dict[str, Any] = dict.fromkeys(EVALUATION)
+
+    def report(self, role: str, index: int, step: int, values: Mapping[str, Any]) -> None:
+        """Take what a role measured at `step`.
+
+        A row with `episode_return` tells of one episode, or of the mean over several: it then brings their `returns`,
+        a list that is not written but kept for the mean of the last 100.
+
+        Raises:
+            ValueError: if `values` names `step`, `role` or `index` itself.
+            MetricsError: if the log cannot be written; a sink that fails is only switched off.
+        """
+        returns = values.get("returns", [values["episode_return"]] if "episode_return" in values else [])
+        written = {name: plain(value) for name, value in values.items() if name != "returns"}
+        row = {"step": step, "role": role, "index": index, **written}
+        if len(row) != 3 + len(written):
+            raise ValueError(f"{role} {index} reports a value named step, role or index; give it another name.")
+        self.log.append(row)
+        self.steps[f"{role}.{index}"] = step
+        self._episodes += len(returns)
+        self._returns.extend(value for value in map(plain, returns) if value is not None)
+        if "eval_return_mean" in row:
+            self._evaluation = {name: row.get(name) for name in EVALUATION}
+        for sink in self._sinks:
+            sink.write(row)
+        if self._progress is not None:
+            self._progress.update(row)
+
+    def summary(self) -> dict[str, Any]:
+        """Episodes, the mean return of the last 100 of them, and the last evaluation; None for what there is not."""
+        mean = sum(self._returns) / len(self._returns) if self._returns else None
+        return {"episodes": self._episodes, "return_mean_last_100": mean, **self._evaluation}
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run goes on with, as JSON has it."""
+        return {
+            "episodes": self._episodes,
+            "returns": list(self._returns),
+            "evaluation": dict(self._evaluation),
+            "steps": dict(self.steps),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state()` was taken."""
+        self._episodes = state["episodes"]
+        self._returns = deque(state["returns"], maxlen=100)
+        self._evaluation = dict(state["evaluation"])
+        self.steps = dict(state["steps"])
+
+    def close(self) -> None:
+        """Close the progress display, the sinks and the log; harmless when called twice."""
+        if self._progress is not None:
+            self._progress.close()
+        for sink in self._sinks:
+            sink.close()
+        self.log.close()

@@ -1,0 +1,257 @@
+"""The inline runtime: one process, roles take turns in a fixed order.
+
+A blocked `await` only means "not my turn", so nothing can hang, a debugger works, and a run is repeatable.
+"""
+
+from __future__ import annotations
+
+import types
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import Any
+
+from rookery.runtimes.words import Graph, Part, Published, RoleSpec, Stateful, WordSpec
+
+__all__ = ["Deadlock", "Inline", "RoleError"]
+
+State = dict[str, Any]
+
+
+class Deadlock(RuntimeError):
+    """Every role waits for another; the message names what each waits for."""
+
+
+class RoleError(RuntimeError):
+    """A role raised; the message names the role and its index, the cause is the role's own exception."""
+
+
+@types.coroutine
+def until(ready: Callable[[], bool], what: str) -> Generator[tuple[str, bool], None, None]:
+    """Give up the turn until `ready`; yields what is waited for, and whether anything was done since the last wait."""
+    done = True
+    while not ready():
+        yield what, done
+        done = False
+
+
+class InlineQueue:
+    """`Queue` within one process: slots are handed on by reference."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self._made = capacity, 0
+        self._free: list[Any] = []
+        self._filled: deque[Any] = deque()
+
+    async def slot(self, make: Callable[[], Any]) -> Any:
+        await until(lambda: bool(self._free) or self._made < self.capacity, "a free slot")
+        if self._free:
+            return self._free.pop()
+        self._made += 1
+        return make()
+
+    def put(self, index: int, slot: Any) -> None:
+        self._filled.append(slot)  # roles take turns in order of their index, so the order is theirs
+
+    async def get(self, count: int) -> list[Any]:
+        await until(lambda: len(self._filled) >= count, f"{count} filled slots (there are {len(self._filled)})")
+        return [self._filled.popleft() for _ in range(count)]
+
+    def release(self, slots: list[Any]) -> None:
+        self._free.extend(slots)
+
+    def state(self) -> State:
+        return {str(i): slot.state() for i, slot in enumerate(self._filled)}
+
+    def load_state(self, state: State) -> None:
+        if state:
+            raise RuntimeError(
+                f"the checkpoint holds {len(state)} unrolls on their way, which inline never leaves behind"
+            )
+
+
+class InlineWeights:
+    """`Weights` within one process."""
+
+    def __init__(self) -> None:
+        self._newest: Published | None = None
+
+    def publish(self, version: int, values: Any, steps: int) -> None:
+        self._newest = Published(version, values, steps)
+
+    async def newer_than(self, version: int) -> Published:
+        await until(
+            lambda: self._newest is not None and self._newest.version > version, f"weights newer than {version}"
+        )
+        assert self._newest is not None
+        return self._newest
+
+    async def latest(self) -> Published:
+        return await self.newer_than(-1)
+
+
+class InlineReplay:
+    """`Replay` within one process, over any store with `insert(items)`, `sample(count)` and `len()`.
+
+    The ratio holds at every moment: inserts · samples_per_insert − tolerance <= samples <= inserts · samples_per_insert
+    + tolerance, from the moment the store has `min_size` items.
+    """
+
+    def __init__(self, store: Any, samples_per_insert: float, min_size: int, tolerance: float) -> None:
+        self.store, self.ratio, self.min_size, self.tolerance = store, samples_per_insert, min_size, tolerance
+        self.inserts = self.samples = 0
+
+    async def room(self, items: int) -> None:
+        def ready() -> bool:
+            ahead = (self.inserts + items - self.min_size) * self.ratio - self.samples
+            return self.inserts + items <= self.min_size or ahead <= self.tolerance
+
+        await until(ready, f"room for {items} inserts")
+
+    def insert(self, items: Any, count: int) -> None:
+        self.store.insert(items)
+        self.inserts += count
+
+    async def sample(self, count: int) -> Any:
+        def ready() -> bool:
+            ahead = self.samples + count - (self.inserts - self.min_size) * self.ratio
+            return self.inserts >= self.min_size and ahead <= self.tolerance
+
+        await until(ready, f"{count} samples")
+        self.samples += count
+        return self.store.sample(count)
+
+    def state(self) -> State:
+        return {"inserts": self.inserts, "samples": self.samples}
+
+    def load_state(self, state: State) -> None:
+        self.inserts, self.samples = state["inserts"], state["samples"]
+
+
+class InlineCalls:
+    """`Calls` within one process."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Any, list[Any]]] = deque()
+
+    async def ask(self, request: Any) -> Any:
+        answer: list[Any] = []
+        self._waiting.append((request, answer))
+        await until(lambda: bool(answer), "an answer")
+        return answer[0]
+
+    async def requests(self, most: int) -> list[tuple[Any, Callable[[Any], None]]]:
+        await until(lambda: bool(self._waiting), "a request")
+        taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+        return [(request, answer.append) for request, answer in taken]
+
+
+WORDS: dict[str, Callable[..., Any]] = {
+    "queue": InlineQueue,
+    "weights": InlineWeights,
+    "replay": InlineReplay,
+    "calls": InlineCalls,
+}
+
+
+class InlineRole:
+    """A role and its coroutine."""
+
+    def __init__(self, spec: RoleSpec, graph_seed: int, runtime: Inline, saved: State | None) -> None:
+        self.name, self.index, self.ends_run = spec.name, spec.index, spec.ends_run
+        self.seed = zlib.crc32(f"{graph_seed}/{spec.name}/{spec.index}".encode()) >> 1  # environments take 31 bits
+        self._runtime, self._saved = runtime, saved
+        self._part: Stateful | None = None
+        self.coroutine: Any = None
+        self.waits_for = "its first turn"
+        self.over = False
+
+    def report(self, step: int, values: dict[str, Any]) -> None:
+        self._runtime.report(self.name, self.index, step, values)
+
+    def advance(self, steps: int) -> None:
+        self._runtime.steps = steps
+
+    def keep(self, part: Part) -> Part:
+        if self._part is not None:
+            raise RuntimeError(f"{self.name} {self.index} keeps two parts; keep one that holds both.")
+        self._part = part
+        if self._saved is not None:
+            part.load_state(self._saved)
+        return part
+
+    def state(self) -> State | None:
+        return None if self._part is None else self._part.state()
+
+    def turn(self) -> bool:
+        """Run until the next wait that is not over; whether anything was done."""
+        if self.over:
+            return False
+        try:
+            self.waits_for, done = self.coroutine.send(None)
+        except StopIteration:
+            self.over, self.waits_for, done = True, "nothing, it has ended", True
+        except Exception as error:
+            raise RoleError(f"{self.name} {self.index} failed: {error}") from error
+        return done
+
+
+class Inline:
+    """Runs a graph of roles in this process.
+
+    `between` is called after every round of turns with the steps so far and a function that gives the run's state; it
+    says whether to stop. A round ends when every role has had its turn, so the words of synchronous topologies are
+    empty then.
+    """
+
+    def __init__(self, report: Callable[[str, int, int, dict[str, Any]], None]) -> None:
+        self.report = report
+        self.steps = 0
+
+    def run(
+        self, graph: Graph, between: Callable[[int, Callable[[], State]], bool], saved: State | None = None
+    ) -> State:
+        """Run until a role that ends the run returns, or `between` says so; gives the final state.
+
+        Raises:
+            Deadlock: if no role can go on.
+            RoleError: if a role raises.
+        """
+        words = {name: WORDS[spec.kind](**spec.options) for name, spec in graph.words.items()}
+        roles = [self._start(spec, words, graph.seed, saved) for spec in graph.roles]
+        if saved is not None:
+            for name, word in words.items():
+                if isinstance(word, Stateful):
+                    word.load_state(saved["words"].get(name, {}))
+        try:
+            while True:
+                over = self._round(roles)
+                if between(self.steps, lambda: self._state(roles, words)) or over:
+                    return self._state(roles, words)
+        finally:
+            for role in roles:
+                role.coroutine.close()
+
+    def _start(self, spec: RoleSpec, words: dict[str, Any], seed: int, saved: State | None) -> InlineRole:
+        state = None if saved is None else saved["roles"].get(f"{spec.name}_{spec.index}")
+        role = InlineRole(spec, seed, self, state)
+        args = {key: words[value.name] if isinstance(value, WordSpec) else value for key, value in spec.args.items()}
+        role.coroutine = spec.function(role, **args)
+        return role
+
+    def _round(self, roles: list[InlineRole]) -> bool:
+        """One turn for each role; whether the run is over."""
+        done = [role.turn() for role in roles]
+        if any(role.over and role.ends_run for role in roles):
+            return True
+        if not any(done):
+            waits = "; ".join(f"{role.name} {role.index} waits for {role.waits_for}" for role in roles)
+            raise Deadlock(f"no role can go on: {waits}.")
+        return False
+
+    def _state(self, roles: list[InlineRole], words: dict[str, Any]) -> State:
+        kept = {f"{role.name}_{role.index}": role.state() for role in roles}
+        return {
+            "roles": {name: state for name, state in kept.items() if state is not None},
+            "words": {name: word.state() for name, word in words.items() if isinstance(word, Stateful)},
+        }

@@ -1,0 +1,139 @@
+"""The four words that connect roles, and how a graph of roles is described as data.
+
+A topology describes roles (a function, a name, an index and arguments) and words (Queue, Weights, Replay, Calls). A
+runtime builds the words, puts them in place of their descriptions among the arguments, and runs the roles. Nothing
+here knows of reinforcement learning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+__all__ = ["Calls", "Graph", "Published", "Queue", "Replay", "Role", "RoleSpec", "Stateful", "Weights", "WordSpec"]
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Something whose state belongs into a checkpoint: a nested dict of tensors and JSON scalars."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+Part = TypeVar("Part", bound=Stateful)
+
+
+class Published(NamedTuple):
+    """A value with its version, and how many steps had been learnt from when it was made."""
+
+    version: int
+    values: Any
+    steps: int
+
+
+class Queue(Protocol):
+    """Order, bounded: slots go round between those who fill them and those who empty them."""
+
+    async def slot(self, make: Callable[[], Any]) -> Any:
+        """Wait for a free slot; `make` allocates one while fewer than the capacity exist."""
+
+    def put(self, index: int, slot: Any) -> None:
+        """Hand on a filled slot; `index` is the role that filled it. Never waits: the slot was waited for."""
+
+    async def get(self, count: int) -> list[Any]:
+        """Wait for `count` filled slots, oldest first, those of one age in the order of their roles."""
+
+    def release(self, slots: list[Any]) -> None:
+        """Give slots back to be filled again."""
+
+
+class Weights(Protocol):
+    """The newest value, with a version."""
+
+    def publish(self, version: int, values: Any, steps: int) -> None: ...
+
+    async def newer_than(self, version: int) -> Published:
+        """Wait for a value of a later version."""
+
+    async def latest(self) -> Published:
+        """The newest value; waits only for the first."""
+
+
+class Replay(Protocol):
+    """Random access, with a ratio of samples to inserts that blocks the faster side."""
+
+    async def room(self, items: int) -> None:
+        """Wait until `items` more inserts keep the ratio."""
+
+    def insert(self, items: Any, count: int) -> None: ...
+
+    async def sample(self, count: int) -> Any:
+        """Wait until `count` more samples keep the ratio, then draw them."""
+
+
+class Calls(Protocol):
+    """Request and answer."""
+
+    async def ask(self, request: Any) -> Any: ...
+
+    async def requests(self, most: int) -> list[tuple[Any, Callable[[Any], None]]]:
+        """Wait for at least one request; gives at most `most`, each with the function that answers it."""
+
+
+class Role(Protocol):
+    """What every role function is handed first: who it is, and where its numbers and its state go."""
+
+    name: str
+    index: int
+    seed: int  # from the run's seed, the role's name and its index
+
+    def report(self, step: int, values: dict[str, Any]) -> None:
+        """Add a row to the run's metrics; it carries the role and the index."""
+
+    def advance(self, steps: int) -> None:
+        """Say how many steps the run has come: the clock of checkpoints and progress."""
+
+    def keep(self, part: Part) -> Part:
+        """Put `part`'s state into checkpoints, and bring it to the saved state when the run is resumed."""
+
+
+@dataclass(frozen=True)
+class WordSpec:
+    """A word to be built by the runtime."""
+
+    kind: str  # "queue", "weights", "replay", "calls"
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """A role as data, so that it can be started elsewhere, and again."""
+
+    function: Callable[..., Awaitable[None]]
+    name: str
+    index: int
+    args: dict[str, Any]  # WordSpecs among them are replaced by the words
+    ends_run: bool = False  # when this role returns, the run is over
+
+
+@dataclass
+class Graph:
+    """Roles in the order of their turns, and the words between them."""
+
+    seed: int
+    roles: list[RoleSpec] = field(default_factory=list)
+    words: dict[str, WordSpec] = field(default_factory=dict)
+
+    def word(self, kind: str, name: str, **options: Any) -> WordSpec:
+        """Describe a word; hand the result to the roles it connects."""
+        return self.words.setdefault(name, WordSpec(kind, name, options))
+
+    def role(
+        self, function: Callable[..., Awaitable[None]], index: int = 0, ends_run: bool = False, **args: Any
+    ) -> None:
+        """Add a role; it is named as its function is."""
+        self.roles.append(RoleSpec(function, function.__name__, index, args, ends_run))

@@ -1,0 +1,123 @@
+"""Actors and a learner: actors fill unrolls, the learner learns from each once.
+
+    actor:   wait for newer weights; wait for a free slot; fill it; put.
+    learner: publish; get one slot from every actor; update; release; publish ...
+
+Actors wait for the newest weights, so the data are on-policy and the run does not depend on who is faster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rookery.actor import Collector, Unroll
+from rookery.evaluator import Evaluator
+from rookery.learner import Learner
+from rookery.runtimes.words import Graph, Queue, Role, Weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rookery.algorithms.base import Algorithm, PolicyNet
+    from rookery.envs.vector import VectorEnv
+
+__all__ = ["Setting", "actor", "evaluator", "learner", "wire"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every role of a run is built from."""
+
+    algorithm: Algorithm
+    make_env: Callable[[int, int], VectorEnv]  # from the number of lanes and a seed
+    make_net: Callable[[], PolicyNet]  # always with the same weights
+    lanes: int  # an actor's
+    total_steps: int
+    log_every: int  # steps
+    eval_every: int  # steps; 0 for never
+    eval_episodes: int
+    compile: bool = False
+    bf16: bool = False
+
+
+async def actor(role: Role, setting: Setting, weights: Weights, unrolls: Queue) -> None:
+    """Collect with the newest weights only."""
+    algorithm, env = setting.algorithm, setting.make_env(setting.lanes, role.seed)
+    options = {"compile": setting.compile, "bf16": setting.bf16}
+    collector = role.keep(Collector(algorithm, setting.make_net(), env, algorithm.plan.unroll, role.seed, **options))
+    version = 0
+    try:
+        while True:
+            version, values, steps = await weights.newer_than(version)
+            unroll = await unrolls.slot(collector.slot)
+            collector.load(version, values)
+            valid = collector.fill(unroll)
+            unrolls.put(role.index, unroll)
+            if crosses(steps, steps + valid, setting.log_every) and collector.returns:
+                role.report(steps + valid, collector.episodes())
+    finally:
+        env.close()
+
+
+async def learner(role: Role, setting: Setting, actors: int, weights: Weights, unrolls: Queue) -> None:
+    """Update with one unroll of every actor."""
+    options = {"compile": setting.compile, "bf16": setting.bf16}
+    learner = role.keep(Learner(setting.algorithm, setting.make_net(), setting.total_steps, role.seed, **options))
+    role.advance(learner.steps)
+    weights.publish(learner.version, learner.values(), learner.steps)
+    while learner.steps < setting.total_steps:
+        slots = await unrolls.get(actors)
+        before = learner.steps
+        metrics = learner.update(joined(slots))
+        if crosses(before, learner.steps, setting.log_every):
+            lag = learner.version - 1 - min(slot.version for slot in slots)
+            role.report(learner.steps, {**metrics, "policy_lag": lag})
+        unrolls.release(slots)
+        role.advance(learner.steps)
+        weights.publish(learner.version, learner.values(), learner.steps)
+
+
+async def evaluator(role: Role, setting: Setting, weights: Weights) -> None:
+    """Play episodes every so many steps."""
+    env = setting.make_env(setting.eval_episodes, role.seed)
+    evaluator = role.keep(Evaluator(setting.algorithm, setting.make_net(), env, role.seed, bf16=setting.bf16))
+    evaluator.due = evaluator.due or setting.eval_every
+    version = 0
+    try:
+        while True:
+            version, values, steps = await weights.newer_than(version)
+            if steps >= evaluator.due:
+                evaluator.due = (steps // setting.eval_every + 1) * setting.eval_every
+                evaluator.load(values)
+                role.report(steps, evaluator.play(setting.eval_episodes).summary())
+    finally:
+        env.close()
+
+
+def joined(slots: list[Unroll]) -> dict[str, Any]:
+    """Unrolls side by side, as one batch of all their lanes; a single one is not copied."""
+    batches = [slot.batch() for slot in slots]
+    if len(batches) == 1:
+        return batches[0]
+    return {name: torch.cat([batch[name] for batch in batches], dim=int(name != "state")) for name in batches[0]}
+
+
+def crosses(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]."""
+    return before // every != after // every
+
+
+def wire(setting: Setting, seed: int, actors: int = 1) -> Graph:
+    """The whole topology."""
+    graph = Graph(seed)
+    weights = graph.word("weights", "weights")
+    unrolls = graph.word("queue", "unrolls", capacity=actors)
+    for index in range(actors):
+        graph.role(actor, index, setting=setting, weights=weights, unrolls=unrolls)
+    graph.role(learner, setting=setting, actors=actors, weights=weights, unrolls=unrolls, ends_run=True)
+    if setting.eval_every:
+        graph.role(evaluator, setting=setting, weights=weights)
+    return graph
