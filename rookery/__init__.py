@@ -6,7 +6,9 @@ is first used, so that `import rookery` costs nothing.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -33,10 +35,18 @@ __all__ = ["__version__", *_WHERE]
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"rookery has no {name!r}; it has {', '.join(_WHERE)}.")
-    value = getattr(import_module(_WHERE[name]), name)
-    globals()[name] = value  # also over the module of the same name, which the import has put there
+    value = globals()[name] = getattr(import_module(_WHERE[name]), name)
     return value
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`rookery.train` is the function, though importing the module of that name would put the module there."""
+        super().__setattr__(name, value.train if name == "train" and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 from rookery.algorithms.base import Acted, Algorithm, PolicyNet
 from rookery.data.unroll import UnrollBuffer
-from rookery.envs.vector import Obs, Step, VectorEnv
+from rookery.envs.tensor.base import TensorEnv
+from rookery.envs.vector import Obs, VectorEnv
 from rookery.estimators import linear_recurrence
+from rookery.nn.compiled import compiled
 from rookery.nn.flat import FlatParameters, restore
 
 __all__ = ["Collector", "Unroll"]
 
-COLUMNS = ("reward", "terminated", "truncated", "valid")
+CHUNK = 8  # rows that are compiled as one function; more rows a call cost less, and compile longer
 
 
 class Unroll:
@@ -29,7 +34,7 @@ class Unroll:
     def batch(self) -> dict[str, Obs]:
         """The rows by name, `[T+1, B, ...]`, and the recurrent `state` before row 0, `[B, S]`."""
         storage = self.buffer.storage
-        return {**{name: storage[name] for name in storage.keys()}, "state": self.state_in}  # noqa: SIM118
+        return {**{str(name): storage[name] for name in storage.keys()}, "state": self.state_in}  # noqa: SIM118
 
 
 class Collector:
@@ -38,7 +43,8 @@ class Collector:
     Args:
         net: acts; the collector keeps it to itself, and fills it by `load`.
         steps: T, the rows of an unroll.
-        compile: wrap acting in `torch.compile`.
+        compile: wrap acting in `torch.compile`, and with a tensor environment whole rows of acting and stepping.
+        graphs: replay what was compiled as CUDA graphs.
         bf16: run the trunk in bfloat16.
     """
 
@@ -49,7 +55,9 @@ class Collector:
         env: VectorEnv,
         steps: int,
         seed: int,
+        *,
         compile: bool = False,
+        graphs: bool = False,
         bf16: bool = False,
     ) -> None:
         self.algorithm, self.net, self.env, self.T = algorithm, net.requires_grad_(False), env, steps
@@ -57,13 +65,22 @@ class Collector:
         self.returns: list[float] = []  # of the episodes that ended since they were last taken
         self.lengths: list[int] = []
         self._flat, self._version = FlatParameters(net), 0
-        self._act = torch.compile(self._choose, dynamic=False) if compile else self._choose
         self._bf16 = bf16
+        self._tensor_env = env.innermost if isinstance(env.innermost, TensorEnv) else None
+        whole = compile and self._tensor_env is not None  # rows of acting and stepping, not acting alone
+        self._chunk = next(n for n in range(CHUNK, 0, -1) if steps % n == 0) if whole else steps
+        self._act = compiled(self._choose, graphs) if compile and not whole else self._choose
+        self._rows = compiled(self._collect, graphs) if whole else self._collect
         self._obs = env.reset(seed)
         self._state = net.initial_state(env.lanes, env.device)
         self._start = torch.ones(env.lanes, dtype=torch.bool, device=env.device)  # the row is an episode's first
         self._ended = torch.zeros_like(self._start)  # the row before ended its episode
         self._sums = torch.zeros(3, env.lanes, device=env.device)  # return, length and discounted return so far
+        self._static: dict[str, Any] = {}  # where the lanes stand between replays of a CUDA graph
+        if whole and graphs:
+            lanes_now = {name: getattr(self, name).clone() for name in ("_obs", "_state", "_start")}
+            carry: dict[str, Tensor] = env.carry()  # type: ignore[attr-defined]  # tensor environments have it
+            self._static = {"env": {name: value.clone() for name, value in carry.items()}, "lanes": lanes_now}
 
     def _choose(self, obs: Obs, state: Tensor, noise: Tensor) -> Acted:
         with torch.autocast(self.env.device.type, torch.bfloat16, enabled=self._bf16):
@@ -93,49 +110,61 @@ class Collector:
     @torch.no_grad()
     def fill(self, unroll: Unroll) -> int:
         """T steps of every lane into the slot; gives how many were valid."""
-        rows: dict[str, list[Any]] = {"obs": [], "action": [], "start": []}
-        steps: list[Step] = []
         unroll.state_in.copy_(self._state)
-        for noise in self.net.draw((self.T + 1, self.env.lanes), self.generator).unbind(0):
-            acted = self._act(self._obs, self._state, noise)
-            rows["obs"].append(self._obs)
-            rows["start"].append(self._start)
-            for name, value in acted.record.items():
-                rows.setdefault(name, []).append(value)
-            if len(steps) == self.T:
-                break  # the last row is for bootstrapping; its lanes act again, with newer weights
-            step = self.env.step(acted.action)
-            rows["action"].append(acted.action)
-            steps.append(step)
-            self._advance(step, acted.state)
-        for column in COLUMNS:
-            rows[column] = [getattr(step, column) for step in steps]
-        unroll.buffer.write(rows)
+        noise = self.net.draw((self.T + 1, self.env.lanes), self.generator).unbind(0)
+        ahead = self._tensor_env.draw(self._tensor_env.generator, self.T).unbind(0) if self._tensor_env else ()
+        raw: list[Tensor] = []
+        for first in range(0, self.T, self._chunk):
+            part = slice(first, first + self._chunk)
+            rows = self._rows(noise[part], ahead[part])
+            raw += rows.pop("raw_reward", [])
+            unroll.buffer.write(rows, first)
+            if self._static:
+                self._settle()
+        if self._tensor_env is not None:
+            self._tensor_env.noise = None
+        last = self._choose(self._obs, self._state, noise[-1])  # these lanes act again, with newer weights
+        rest = {"obs": self._obs, "start": self._start, **last.record}
+        unroll.buffer.write({name: [value] for name, value in rest.items()}, self.T)
         unroll.version = self._version
-        return self._account(unroll.buffer, steps)
+        return self._account(unroll.buffer, raw)
 
-    def _advance(self, step: Step, state: Tensor) -> None:
-        """To the next row. The row after an invalid one is an episode's first, and begins with an empty memory."""
-        self._obs = step.obs
-        if state.shape[-1]:
-            self._start = ~step.valid
-            self._state = state.masked_fill(self._start.unsqueeze(-1), 0)
+    def _collect(self, noise: Sequence[Tensor], ahead: Sequence[Tensor]) -> dict[str, list[Obs]]:
+        """As many rows as there is noise, by name; leaves the lanes where the last row led."""
+        rows: dict[str, list[Obs]] = defaultdict(list)
+        for index, own in enumerate(noise):
+            if self._tensor_env is not None:
+                self._tensor_env.noise = ahead[index]
+            acted = self._act(self._obs, self._state, own)
+            step = self.env.step(acted.action)
+            row = {"obs": self._obs, "start": self._start, "action": acted.action, **acted.record, **step.columns()}
+            for name, value in row.items():
+                rows[name].append(value)
+            self._obs = step.obs
+            if self.net.state_size:  # the row after an invalid one is an episode's first, and begins with no memory
+                self._start = ~step.valid
+                self._state = acted.state.masked_fill(self._start.unsqueeze(-1), 0)
+        return rows
 
-    def _account(self, buffer: UnrollBuffer, steps: list[Step]) -> int:
+    def _settle(self) -> None:
+        """Copy the lanes out of the memory of the CUDA graph, which the next replay overwrites."""
+        self.env.settle(self._static["env"])  # type: ignore[attr-defined]  # as above
+        for name, static in self._static["lanes"].items():
+            static.copy_(getattr(self, name))
+            setattr(self, name, static)
+
+    def _account(self, buffer: UnrollBuffer, raw: list[Tensor]) -> int:
         """Returns, lengths and discounted returns so far in every row; takes down the episodes that ended."""
         rows = buffer.storage[:-1]
         ended = rows["terminated"] | rows["truncated"]
-        raw = (
-            torch.stack([step.info["raw_reward"] for step in steps])
-            if "raw_reward" in steps[0].info
-            else rows["reward"]
-        )
         goes_on = torch.cat([self._ended[None], ended[:-1]]).logical_not().float()
         decay = torch.stack([goes_on, goes_on, self.algorithm.gamma * goes_on], 1)  # [T, 3, B]
-        terms = torch.stack([raw, rows["valid"].float(), rows["reward"]], 1)
-        sums = linear_recurrence(decay, terms, self._sums, reverse=False)
+        reward = torch.stack(raw) if raw else rows["reward"]
+        sums = linear_recurrence(
+            decay, torch.stack([reward, rows["valid"].float(), rows["reward"]], 1), self._sums, reverse=False
+        )
         rows["discounted_return"].copy_(sums[:, 2])
-        self._sums, self._ended = sums[-1], ended[-1]
+        self._sums, self._ended = sums[-1].clone(), ended[-1].clone()
         self.returns += sums[:, 0][ended].tolist()
         self.lengths += [int(length) for length in sums[:, 1][ended].tolist()]
         return int(rows["valid"].sum())
@@ -158,9 +187,9 @@ class Collector:
         own = {"noise": self.generator.get_state(), "returns": self.returns, "lengths": self.lengths}
         if not self.env.spec.saves_state:
             return own
-        lanes = {"state": self._state, "start": self._start, "ended": self._ended, "sums": self._sums, "obs": self._obs}
-        lanes["obs"] = self._obs if isinstance(self._obs, Tensor) else self._obs.to_dict()
-        return {**own, "lanes": lanes, "env": self.env.state()}
+        lanes = {"state": self._state, "start": self._start, "ended": self._ended, "sums": self._sums}
+        obs = self._obs if isinstance(self._obs, Tensor) else self._obs.to_dict()
+        return {**own, "lanes": lanes, "obs": obs, "env": self.env.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from where `state()` was taken; the lanes begin new episodes where the environment was not saved."""
@@ -169,11 +198,8 @@ class Collector:
         if "lanes" not in state:
             return
         self.env.load_state(state["env"])
-        lanes = {name: value for name, value in state["lanes"].items() if name != "obs"}
-        for name, value in lanes.items():
+        for name, value in state["lanes"].items():
             setattr(self, f"_{name}", value.to(self.env.device))
-        obs = state["lanes"]["obs"]
-        if isinstance(obs, Tensor):
-            self._obs = obs.to(self.env.device)
-        else:
-            self._obs = type(self._obs)(obs, batch_size=[self.env.lanes], device=self.env.device)
+        obs = state["obs"]
+        self._obs = obs if isinstance(obs, Tensor) else TensorDict(obs, batch_size=[self.env.lanes])
+        self._obs = self._obs.to(self.env.device)

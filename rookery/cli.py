@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
 import sys
@@ -23,6 +24,8 @@ USAGE = """usage: rookery VERB ...
   plot RUN ...                 learning curve of a run, or mean and interval of several
   list systems|envs
   check-env ENV                does an environment keep the stream convention?
+
+With --traceback, any verb shows where an error came from.
 """
 
 
@@ -36,22 +39,33 @@ class Display:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one verb. A mistake ends with one sentence and status 2, an interrupted run with 130 or 143."""
-    words = sys.argv[1:] if arguments is None else arguments
-    verb, rest = (words[0], words[1:]) if words else ("help", [])
+    """Run one verb.
+
+    What was asked wrongly ends with one sentence and status 2, what went wrong with one and status 1; an interrupted
+    run with 130 (Ctrl-C) or 143 (SIGTERM).
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    traceback = "--traceback" in words
+    verb, *rest = [word for word in words if word != "--traceback"] or ["help"]
     if verb in ("help", "-h", "--help"):
         print(USAGE)
         return
-    if verb not in VERBS:
-        sys.exit(f"rookery: no verb {verb!r}; there are {', '.join(VERBS)}.")
     try:
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, 1)
+            raise ValueError(
+                f"no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"use {', '.join(VERBS)}.")
+            )
         VERBS[verb](rest)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, RuntimeError, TypeError, OSError) as error:
-        if "ROOKERY_TRACEBACK" in os.environ or "--traceback" in words:
+        if traceback:
             raise
-        sys.exit(f"rookery: {' '.join(str(error).split())}")
+        print(f"rookery: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
 def train(words: list[str]) -> None:
@@ -173,11 +187,11 @@ def check_env(words: list[str]) -> None:
 def _finish(run: Run) -> None:
     """Say where everything is, and how to go on."""
     summary = run.summary
-    if run.interrupted:
+    if run.signal is not None:
         print(
             f"Interrupted at step {summary['steps']}; the checkpoint is written. Go on with: rookery resume {run.path}"
         )
-        sys.exit(130)
+        sys.exit(128 + run.signal)
     print(
         f"{summary['system']} on {summary['env']}: evaluation {summary['eval_return_mean']:.1f} ± "
         f"{summary['eval_return_std']:.1f} over {summary['eval_episodes']} episodes, {summary['steps']:,} steps in "

@@ -98,10 +98,13 @@ class Evaluator:
                 return
 
     def state(self) -> dict[str, Any]:
-        """When the next evaluation falls due, and the random generator."""
-        return {"due": self.due, "noise": self.generator.get_state()}
+        """When the next evaluation falls due, and what decides its episodes, where the environment can save that."""
+        own = {"due": self.due, "noise": self.generator.get_state()}
+        return {**own, "env": self.env.state()} if self.env.spec.saves_state else own
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from where `state()` was taken."""
         self.due = state["due"]
         self.generator.set_state(state["noise"])
+        if "env" in state:
+            self.env.load_state(state["env"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rookery.algorithms.base import Algorithm, Batch, Loss, OnPolicy, PolicyNet
+from rookery.nn.compiled import compiled
 from rookery.nn.flat import FlatParameters, snapshot
 
 __all__ = ["Learner", "NonFinite"]
@@ -25,6 +26,7 @@ class Learner:
         net: from `algorithm.networks`, on the device to learn on.
         total_steps: the run's budget, over which annealing runs.
         compile: wrap the loss in `torch.compile`.
+        graphs: replay what was compiled as CUDA graphs.
         bf16: run the trunk in bfloat16.
     """
 
@@ -34,7 +36,9 @@ class Learner:
         net: PolicyNet,
         total_steps: int,
         seed: int,
+        *,
         compile: bool = False,
+        graphs: bool = False,
         bf16: bool = False,
     ) -> None:
         self.algorithm, self.net, self.total_steps = algorithm, net, total_steps
@@ -47,7 +51,7 @@ class Learner:
         self.steps = self.updates = 0
         self.version = 1  # of the weights; 0 is before the first
         self._bf16 = bf16
-        self._loss = torch.compile(self._evaluate, dynamic=False) if compile else self._evaluate
+        self._loss = compiled(self._evaluate, graphs) if compile else self._evaluate
 
     def _evaluate(self, batch: Batch) -> Loss:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):

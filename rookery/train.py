@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ from rookery.envs.spec import EnvSpec, dtype_of, leaves
 from rookery.envs.transforms import transform
 from rookery.envs.vector import Obs, VectorEnv
 from rookery.evaluator import Evaluation, Evaluator
-from rookery.runs.checkpoint import Checkpoints
-from rookery.runs.folder import RunFolder
+from rookery.runs.checkpoint import CheckpointError, Checkpoints
+from rookery.runs.folder import RunFolder, RunFolderError
 from rookery.runs.metrics import MetricsLog
 from rookery.runs.progress import Progress
 from rookery.runs.recorder import Recorder
@@ -36,7 +37,7 @@ from rookery.topologies.actors_learner import Setting, crosses
 
 __all__ = ["Options", "Policy", "Run", "evaluate", "load", "resume", "train"]
 
-EnvLike = str | VectorEnv | Callable[..., Any]
+EnvLike = Any  # an id, a VectorEnv, a Gymnasium environment, or a class or function that makes one
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Options:
     device: str = "auto"  # "auto" takes a GPU if there is one
     precision: Literal["auto", "float32", "bf16"] = "auto"  # of encoders; "auto" takes bf16 for images where it is fast
     compile: bool = False  # torch.compile for acting and loss: faster, but tens of seconds to begin with
+    cuda_graphs: bool = False  # replay what is compiled as CUDA graphs
     threads: int = 0  # of torch; 0 takes one for vectors and every core for images
     frame_stack: int = 0  # frames an observation shows; 0 leaves it to the environment
     clip_reward: bool = False  # to [-1, 1], for learning only
@@ -58,10 +60,13 @@ class Options:
     log_every: int = 0  # steps between rows of metrics; 0 for 1/200 of the run
     eval_every: int = 0  # steps between evaluations, with a checkpoint each; 0 for 1/10 of the run
     eval_episodes: int = 20  # greedy episodes on lanes of their own
+    stop_at: float | None = None  # end the run once an evaluation reaches this mean return
     sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
-        for name, least in {"steps": 1, "envs": 1, "actors": 1, "eval_episodes": 1, "threads": 0}.items():
+        least_of = dict.fromkeys(("steps", "envs", "actors", "eval_episodes"), 1)
+        least_of |= dict.fromkeys(("seed", "threads", "frame_stack", "log_every", "eval_every"), 0)
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; use {least} or more.")
         for pair in self.env_options:
@@ -100,11 +105,29 @@ class MakeEnv:
 
     def __call__(self, lanes: int, seed: int, **more: Any) -> VectorEnv:
         options, env = self.options, self.env
-        if not isinstance(env, str | type) and not callable(env):
-            env = copy.deepcopy(env)  # an object has one stream of episodes: each role plays on its own copy
+        if isinstance(env, VectorEnv):
+            env = Copies(env)()
+            env.reset(seed)
+        elif not isinstance(env, str) and not callable(env):
+            env = Copies(env)
         device = "cpu" if options.device == "auto" else options.device
         made = make_env(env, lanes, device, seed, **options.env_settings, **more)
         return transform(made, frame_stack=options.frame_stack or None, clip_reward=options.clip_reward)
+
+
+class Copies:
+    """Makes copies of a user's environment object, which has one stream of episodes: each lane or role has its own."""
+
+    def __init__(self, env: Any) -> None:
+        self.env, self.__name__ = env, type(env).__name__
+
+    def __call__(self, **_: Any) -> Any:
+        try:
+            return copy.deepcopy(self.env)
+        except Exception as error:  # whatever the object's parts raise
+            raise ValueError(
+                f"this {self.__name__} cannot be copied ({error}); hand in its class or a function that makes it."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -155,7 +178,12 @@ class Run:
     def __init__(self, folder: RunFolder, algorithm: Algorithm, make_env: MakeEnv, make_net: MakeNet) -> None:
         self.folder, self.algorithm, self._make_env, self._make_net = folder, algorithm, make_env, make_net
         self.checkpoints = Checkpoints(folder.checkpoints)
-        self.interrupted = False
+        self.signal: int | None = None  # the number of the one that interrupted it
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal stopped this call before the budget was used up."""
+        return self.signal is not None
 
     @property
     def path(self) -> Path:
@@ -174,10 +202,22 @@ class Run:
 
     def net(self, which: Literal["latest", "best"] = "latest") -> PolicyNet:
         """The network with the weights of the newest checkpoint, or of the best evaluated one."""
-        _, state = self.checkpoints.latest() if which == "latest" else self.checkpoints.best()
         net = self._make_net()
-        net.load_state_dict(state["run"]["roles"]["learner_0"]["net"])
+        try:
+            net.load_state_dict(self.saved(which)["run"]["roles"]["learner_0"]["net"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"The checkpoints of {self.path} do not fit its network: {error}.") from error
         return net
+
+    def saved(self, which: Literal["latest", "best"] = "latest") -> dict[str, Any]:
+        """The state in the newest checkpoint, or in the best evaluated one."""
+        _, state = self.checkpoints.latest() if which == "latest" else self.checkpoints.best()
+        missing = {"run", "recorder", "steps", "seconds"} - state.keys()
+        if missing:
+            raise CheckpointError(f"The checkpoint in {self.folder.checkpoints} is no run's: {missing} is not in it.")
+        return state
 
     @property
     def policy(self) -> Policy:
@@ -251,10 +291,10 @@ def train(
     config = {
         "system": name,
         "env": env_name(env),
-        "algorithm": {"class": type(algorithm).__name__, **dataclasses.asdict(algorithm)},
+        "algorithm": {"class": type(algorithm).__name__, **dataclasses.asdict(cast(Any, algorithm))},
         "options": dataclasses.asdict(options),
         "network": None if network is None else getattr(network, "__name__", type(network).__name__),
-        "own": {"env": not isinstance(env, str), "algorithm": not isinstance(system, str)},
+        "own": {"env": not isinstance(env, str), "algorithm": not _is_ours(name, algorithm)},
     }
     run.folder.write_config(config)
     return execute(run, name, options, quiet=quiet)
@@ -275,12 +315,15 @@ def resume(
     others episodes begin anew. An own algorithm, environment or network is code, which no run folder holds: hand it in.
     """
     run = load(path, algorithm=algorithm, env=env, network=network)
-    options = run._make_env.options
+    options, saved = run._make_env.options, run.saved()
+    over = (run.path / "summary.json").exists() and not run.summary["interrupted"]
+    if over and saved["steps"] >= (steps or options.steps):
+        return run
     if steps is not None:
         config = {name: value for name, value in run.config.items() if name != "versions"}
         options = dataclasses.replace(options, steps=steps)
         run.folder.write_config({**config, "options": dataclasses.asdict(options)})
-    return execute(run, run.config["system"], options, quiet=quiet, saved=run.checkpoints.latest()[1])
+    return execute(run, run.config["system"], options, quiet=quiet, saved=saved)
 
 
 def load(
@@ -297,19 +340,22 @@ def load(
         ValueError: if the run needs an own algorithm, environment or network and none was given.
     """
     folder = RunFolder.open(path)
-    config = folder.read_config()
+    config = _checked(folder.read_config(), folder.path)
     own = config["own"]
     for what, needed, given in (
-        ("env", own["env"], env),
+        ("env", own.get("env"), env),
         ("network", config["network"], network),
-        ("algorithm", own["algorithm"] and config["system"] not in SYSTEMS, algorithm),
+        ("algorithm", own.get("algorithm"), algorithm),
     ):
         if needed and given is None:
             raise ValueError(f"{folder.path} was trained with its own {what}; load(path, {what}=...) needs it again.")
     fields = {name: value for name, value in config["algorithm"].items() if name != "class"}
-    if algorithm is None:
-        algorithm = _dataclass(find(config["system"]).algorithm_class(), fields)
-    options = _dataclass(Options, config["options"])
+    try:
+        if algorithm is None:
+            algorithm = _dataclass(find(config["system"]).algorithm_class(), fields)
+        options = _dataclass(Options, config["options"])
+    except ValueError as error:
+        raise RunFolderError(f"{folder.path / 'config.json'} does not describe a run: {error}") from error
     run, _ = build(config["system"], algorithm, config["env"] if env is None else env, options, network)
     run.folder, run.checkpoints = folder, Checkpoints(folder.checkpoints)
     return run
@@ -325,28 +371,24 @@ def resolve(
 ) -> tuple[str, Algorithm, Options]:
     """The system's name, the algorithm and the options that the caller's settings and the recipe (`tuned`) make."""
     names = {each.name for each in dataclasses.fields(Options)}
-    if isinstance(system, Algorithm):
-        wrong = sorted(set(settings) - names)
-        if wrong:
-            raise ValueError(
-                f"{', '.join(wrong)}: no option of a run; the algorithm's settings go into {type(system).__name__}(...)."
-            )
-        return type(system).__name__.lower(), system, Options(**settings)
-    kind = find(system).algorithm_class()
     if isinstance(settings.get("env_options"), dict):
         pairs = (f"{name}={json.dumps(value)}" for name, value in settings["env_options"].items())
         settings = {**settings, "env_options": tuple(pairs)}
-    merged = {**(recipe(find(system).name, env) if tuned and isinstance(env, str) else {}), **settings}
+    if isinstance(env, VectorEnv):
+        settings = {"envs": env.lanes, **settings}
+        if settings["envs"] != env.lanes:
+            raise ValueError(
+                f"envs={settings['envs']}, but the environment handed in has {env.lanes} lanes; use those."
+            )
+    if isinstance(system, Algorithm):
+        _refuse_unknown(settings, names, f"a run (the algorithm's settings go into {type(system).__name__}(...))")
+        return type(system).__name__.lower(), system, _dataclass(Options, settings)
+    name, kind = find(system).name, find(system).algorithm_class()
+    merged = {**(recipe(name, env) if tuned and isinstance(env, str) else {}), **settings}
     fields = {each.name for each in dataclasses.fields(kind)}  # type: ignore[arg-type]  # every algorithm is one
-    wrong = sorted(set(merged) - names - fields)
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)}: no setting of {system}; it has {', '.join(sorted(fields | names))}.")
-    options = _dataclass(Options, {name: value for name, value in merged.items() if name in names})
-    return (
-        find(system).name,
-        _dataclass(kind, {name: value for name, value in merged.items() if name in fields}),
-        options,
-    )
+    _refuse_unknown(merged, fields | names, name)
+    algorithm = _dataclass(kind, {name: value for name, value in merged.items() if name in fields})
+    return name, algorithm, _dataclass(Options, {name: value for name, value in merged.items() if name in names})
 
 
 def build(
@@ -373,7 +415,8 @@ def execute(run: Run, name: str, options: Options, quiet: bool = False, saved: d
         options.log_every,
         options.eval_every,
         options.eval_episodes,
-        options.compile,
+        options.compile or options.cuda_graphs,
+        options.cuda_graphs,
         options.precision == "bf16",
     )
     topology = find(name).topology if name in SYSTEMS else "actors_learner"
@@ -389,10 +432,12 @@ class Keeper:
 
     def __init__(self, run: Run, options: Options, quiet: bool, saved: dict[str, Any] | None) -> None:
         self.run, self.options, self.quiet = run, options, quiet
-        self.step = self._saved_at = 0 if saved is None else saved["steps"]
+        self.step = 0 if saved is None else saved["steps"]
+        self._saved_at = -1 if saved is None else self.step  # the first round saves: every run can be resumed
         self.signal: int | None = None
+        self.reached = False  # whether the last evaluation was as good as `stop_at`
         self._seconds = 0.0 if saved is None else saved["seconds"]
-        self._began, self._last = time.monotonic(), (self._seconds, self.step)
+        self._began, self._asked, self._last = time.monotonic(), 0.0, (self._seconds, self.step)
         log = MetricsLog(run.folder.metrics)
         log.truncate_after(self.step)
         sinks = [open_sink(name, run.folder.path, run.config, self.step) for name in options.sinks]
@@ -417,7 +462,10 @@ class Keeper:
         self.recorder.close()
 
     def _stop(self, number: int, _frame: Any) -> None:
-        self.signal = number
+        """Ask the run to stop after this round; a second Ctrl-C, a second or more later, does not wait for that."""
+        if number == self.signal == signal.SIGINT and time.monotonic() - self._asked > 1:
+            raise KeyboardInterrupt
+        self.signal, self._asked = number, time.monotonic()
 
     def seconds(self) -> float:
         """Seconds of training, those before a resume included."""
@@ -430,13 +478,15 @@ class Keeper:
             rate = (step - step_before) / max(now - before, 1e-9)
             values, self._last = {**values, "seconds": now, "steps_per_second": rate}, (now, step)
         self.recorder.report(role, index, step, values)
+        if role == "evaluator" and self.options.stop_at is not None:
+            self.reached = values["eval_return_mean"] >= self.options.stop_at
 
     def between(self, steps: int, snapshot: Callable[[], dict[str, Any]]) -> bool:
         """After each round: whether to stop; with each evaluation a checkpoint."""
         self.step = steps
         if crosses(self._saved_at, steps, self.options.eval_every):
             self.save(snapshot())
-        return self.signal is not None
+        return self.reached or self.signal is not None
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a checkpoint, scored by the last evaluation."""
@@ -449,7 +499,7 @@ class Keeper:
         if self._saved_at != self.step:
             self.save(state)
         run, options, seconds = self.run, self.options, self.seconds()
-        run.interrupted = self.signal is not None
+        run.signal = self.signal
         if not run.interrupted:
             evaluation = run.evaluate(options.eval_episodes, options.seed + 1)
             self.recorder.report("evaluator", 0, self.step, evaluation.summary())
@@ -503,9 +553,59 @@ def _device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
+def _is_ours(name: str, algorithm: Algorithm) -> bool:
+    """Whether a name and settings are enough to make it again."""
+    return name in SYSTEMS and type(algorithm) is find(name).algorithm_class()
+
+
+def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A run's config, if it has what `train` writes."""
+    kinds = {"system": str, "env": str, "algorithm": dict, "options": dict, "network": str | None, "own": dict}
+    for name, kind in kinds.items():
+        if not isinstance(config.get(name), kind):
+            raise RunFolderError(f"{path / 'config.json'} has no usable {name!r}; train the run again.")
+    return config
+
+
+def _refuse_unknown(settings: Iterable[str], known: set[str], owner: str) -> None:
+    """Raise for the first setting there is none of, with the nearest names."""
+    for name in sorted(set(settings) - known):
+        near = difflib.get_close_matches(name, known, 3, 0.5) or sorted(known)
+        raise ValueError(f"{name}: no setting of {owner}; nearest: {', '.join(near)}.")
+
+
 def _dataclass(kind: Any, values: dict[str, Any]) -> Any:
-    """The dataclass from settings as JSON or TOML have them: lists become tuples."""
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    """The dataclass from settings as a user, JSON or TOML has them: lists become tuples, 1e6 an int where one is due.
+
+    Raises:
+        ValueError: for a setting there is none of, or a value of a wrong type.
+    """
+    hints = get_type_hints(kind)
+    _refuse_unknown(values, {each.name for each in dataclasses.fields(kind)}, kind.__name__)
+    fitting = {}
+    for name, value in values.items():
+        value = tuple(value) if isinstance(value, list) else value
+        whole = isinstance(value, float) and value.is_integer() and not _fits(value, hints[name])
+        fitting[name] = int(cast(float, value)) if whole else value
+        if not _fits(fitting[name], hints[name]):
+            choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+            wanted = getattr(hints[name], "__name__", hints[name]) if type(hints[name]) is type else hints[name]
+            raise ValueError(f"{name}={value!r} is not {' or '.join(map(repr, choices)) or f'of type {wanted}'}.")
+    return kind(**fitting)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; an int passes for a float, a bool for neither."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in parts
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(each, parts[0]) for each in value)
+    if parts:
+        return any(_fits(value, part) for part in parts)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def _json(text: str) -> Any:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rookery.nn.policy import PolicyNet
+
 if TYPE_CHECKING:
     from rookery.envs.spec import EnvSpec
     from rookery.envs.vector import Obs
@@ -61,6 +63,11 @@ class OnPolicy:
     minibatches: int = 1  # updates an epoch
     sequences: bool = False  # minibatches are whole lanes, in order of time, for recurrent networks
 
+    def __post_init__(self) -> None:
+        for name in ("unroll", "epochs", "minibatches"):
+            if getattr(self, name) < 1:
+                raise Refused(f"{name}={getattr(self, name)} leaves nothing to learn from; use 1 or more.")
+
     def check(self, lanes: int) -> None:
         """Refuse minibatches that do not divide what an update has."""
         whole = lanes if self.sequences else self.unroll * lanes
@@ -71,20 +78,6 @@ class OnPolicy:
                 f"minibatches={self.minibatches} does not divide the {what} of an update "
                 f"(unroll={self.unroll} × envs={lanes}); use {nearest} instead."
             )
-
-
-class PolicyNet(nn.Module):
-    """What the parts around an algorithm ask of its network, besides being called by the algorithm itself."""
-
-    state_size: int  # S, numbers of recurrent state a lane; 0 without memory
-
-    def initial_state(self, lanes: int, device: torch.device | str = "cpu") -> Tensor:
-        """`[B, S]` before an episode's first observation."""
-        return torch.zeros(lanes, self.state_size, device=device)
-
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Noise for sampling actions, `[*shape, N]`, on the generator's device."""
-        raise NotImplementedError
 
 
 class Algorithm:

@@ -60,13 +60,13 @@ class UnrollBuffer:
             assert isinstance(leaf, Tensor)  # for the type checker
             leaf.fill_(_poison_of(leaf.dtype))
 
-    def write(self, rows: Mapping[str, Sequence[Tensor | TensorDict]]) -> None:
-        """Stack each key's rows, T or T+1 of them in order of time, into the storage: one copy a leaf.
+    def write(self, rows: Mapping[str, Sequence[Tensor | TensorDict]], first: int = 0) -> None:
+        """Stack each key's rows, in order of time, into the storage from row `first` on: one copy a leaf.
 
-        Row T of a key that brings T rows, and keys that are not mentioned, stay as they were.
+        Other rows, and keys that are not mentioned, stay as they were.
 
         Raises:
-            ValueError: for an unknown key, a wrong number of rows, or a row of a wrong shape, dtype or device.
+            ValueError: for an unknown key, rows beyond the last, or a row of a wrong shape, dtype or device.
         """
         for key, sequence in rows.items():
             stored = self.storage.get(key, None)
@@ -74,17 +74,18 @@ class UnrollBuffer:
                 raise ValueError(
                     f"no key {key!r} in this unroll; it holds {', '.join(sorted(map(str, self.storage.keys())))}."
                 )
-            if len(sequence) not in (self.steps, self.steps + 1):
+            if not sequence or not 0 <= first <= self.steps + 1 - len(sequence):
                 raise ValueError(
-                    f"{key!r} brings {len(sequence)} rows; "
-                    f"an unroll of {self.steps} steps takes {self.steps}, or {self.steps + 1} with the last."
+                    f"{key!r} brings {len(sequence)} rows from row {first} on; "
+                    f"an unroll of {self.steps} steps has rows 0 to {self.steps}."
                 )
+            into_rows = slice(first, first + len(sequence))
             if isinstance(stored, Tensor):
-                self._stack(key, stored, sequence)
+                self._stack(key, stored[into_rows], sequence)
                 continue
             for leaf, into in stored.items(include_nested=True, leaves_only=True):
                 name = ".".join((key, *([leaf] if isinstance(leaf, str) else leaf)))
-                self._stack(name, into, [_leaf_of(row, leaf, name) for row in sequence])
+                self._stack(name, into[into_rows], [_leaf_of(row, leaf, name) for row in sequence])
 
     def _stack(self, name: str, into: Tensor, rows: Sequence[Tensor]) -> None:
         wanted = (into.shape[1:], into.dtype, into.device)
@@ -93,7 +94,7 @@ class UnrollBuffer:
                 f"{name!r} brings a row {_looks(shape, dtype, device)}; this unroll was allocated for "
                 f"{_looks(*wanted)}: give rows like its example."
             )
-        torch.stack(list(rows), out=into[: len(rows)])
+        torch.stack(list(rows), out=into)
         self.copies += 1
 
 

@@ -371,7 +371,12 @@ def _check_id(id: str) -> str:
 def _check_settings(id: str, asked: dict[str, Any]) -> None:
     import envpool
 
-    known = envpool.make_spec(id).config._fields
+    config = envpool.make_spec(id).config
+    known = config._fields
+    limit = asked.get("max_episode_steps", UNLIMITED)
+    if limit != UNLIMITED and config.max_episode_steps == UNLIMITED:
+        # EnvPool's toy problems without a limit of their own take the setting and never look at it
+        raise ValueError(f"{id} on EnvPool is never cut off; leave max_episode_steps={limit} out, or use 'gym:{id}'.")
     rendering = ("from_pixels", "render_width", "render_height", "render_camera_id")
     for name in asked:
         if name not in (*known, *rendering):

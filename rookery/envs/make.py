@@ -52,14 +52,7 @@ def make_env(
         return id
     device = torch.device(device)
     if not isinstance(id, str):
-        from rookery.envs.gym import GymEnv
-
-        if "max_steps" in kwargs:
-            raise ValueError(
-                f"max_steps={kwargs['max_steps']} is for ids; wrap your own environment in "
-                "gymnasium.wrappers.TimeLimit instead."
-            )
-        return _on(device, GymEnv(id, envs, seed, **kwargs))
+        return _on(device, _own(id, envs, seed, **kwargs))
     backend, _, name = id.partition(":")
     if backend not in BACKENDS:
         backend, name = _fastest(id, envs, device), id
@@ -99,6 +92,16 @@ def env_ids(backend: str | None = None) -> list[str]:
 
         return gym_ids()
     raise ValueError(f"backend={backend!r} is none of {', '.join(BACKENDS)}.")
+
+
+def _own(source: gymnasium.Env | Callable[..., gymnasium.Env], lanes: int, seed: int, **kwargs: Any) -> VectorEnv:
+    from rookery.envs.gym import GymEnv
+
+    if "max_steps" in kwargs:
+        raise ValueError(
+            f"max_steps={kwargs['max_steps']} is for ids; wrap your own environment in gymnasium.wrappers.TimeLimit."
+        )
+    return GymEnv(source, lanes, seed, **kwargs)
 
 
 def _fastest(id: str, lanes: int, device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,7 @@ def leaves(space: spaces.Space, prefix: tuple[str, ...] = ()) -> dict[tuple[str,
     Raises:
         ValueError: for a space that has no fixed-size tensor (Text, Sequence, Graph, OneOf).
     """
+    named: Iterable[tuple[str, spaces.Space]]
     if isinstance(space, spaces.Dict):
         named = space.spaces.items()
     elif isinstance(space, spaces.Tuple):
@@ -65,10 +67,10 @@ def example(space: spaces.Space, lanes: int, device: torch.device | str = "cpu")
     """Zeros in the shape and dtype of `lanes` observations or actions: `[B, ...]`, or a TensorDict of such."""
     found = leaves(space)
     if () in found:
-        return torch.zeros((lanes, *found[()].shape), dtype=dtype_of(found[()]), device=device)
+        return torch.zeros((lanes, *(found[()].shape or ())), dtype=dtype_of(found[()]), device=device)
     result = TensorDict({}, batch_size=[lanes], device=device)
     for key, leaf in found.items():
-        result[key] = torch.zeros((lanes, *leaf.shape), dtype=dtype_of(leaf), device=device)
+        result[key] = torch.zeros((lanes, *(leaf.shape or ())), dtype=dtype_of(leaf), device=device)
     return result
 
 

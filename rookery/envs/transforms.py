@@ -37,6 +37,10 @@ class Transform(VectorEnv):
     def __init__(self, env: VectorEnv) -> None:
         self.env, self.spec, self.lanes, self.device = env, env.spec, env.lanes, env.device
 
+    @property
+    def innermost(self) -> VectorEnv:
+        return self.env.innermost
+
     def own(self) -> dict[str, Tensor]:
         """The tensors this transform itself hands from one step to the next, by name; not copies."""
         return {}

@@ -36,6 +36,16 @@ class Step(NamedTuple):
     valid: Tensor  # [B] bool: False where the call began a new episode instead of applying the action
     info: dict[str, Tensor]  # further numbers, each [B, ...], aligned with the lanes
 
+    def columns(self) -> dict[str, Tensor]:
+        """What an unroll stores of a step; `raw_reward` where a transform has changed the reward."""
+        row = {
+            "reward": self.reward,
+            "terminated": self.terminated,
+            "truncated": self.truncated,
+            "valid": self.valid,
+        }
+        return row | {"raw_reward": self.info["raw_reward"]} if "raw_reward" in self.info else row
+
 
 class VectorEnv(ABC):
     """B lanes of one environment on one device.
@@ -54,6 +64,11 @@ class VectorEnv(ABC):
     @abstractmethod
     def step(self, action: Obs) -> Step:
         """Apply one action a lane, `[B, ...]` in the dtype of the action space."""
+
+    @property
+    def innermost(self) -> VectorEnv:
+        """The environment below all transforms."""
+        return self
 
     def state(self) -> dict[str, Tensor]:
         """All that decides the future (physics, counters, random generators), as a flat dict of tensors on the CPU."""

@@ -15,6 +15,7 @@ from rookery.nn.encoders import Encoder, VectorEncoder, make_encoder
 from rookery.nn.heads import Policy, make_head
 from rookery.nn.init import init_linear
 from rookery.nn.norm import NormObs, RunningNorm
+from rookery.nn.policy import PolicyNet
 
 __all__ = ["ActorCritic", "ActorCriticOutput"]
 
@@ -29,7 +30,7 @@ class ActorCriticOutput(NamedTuple):
     value: Tensor  # [...]
 
 
-class ActorCritic(nn.Module):
+class ActorCritic(PolicyNet):
     """A policy head and a value head on one trunk or two.
 
     Observations without images, and without memory, use two trunks (actor and critic) evaluated as one batched
@@ -75,12 +76,7 @@ class ActorCritic(nn.Module):
         self.value_head = init_linear(nn.Linear(self.core.features, 1), gain=1.0)
         _check_mask(spec, self.policy_head.noise_size)
 
-    def initial_state(self, lanes: int, device: torch.device | str = "cpu") -> Tensor:
-        """The memory before an episode, float32 `[B, S]`; S is 0 without memory."""
-        return torch.zeros(lanes, self.state_size, device=device)
-
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """The noise that sampling actions of this shape takes: `[*shape, N]`, on the generator's device."""
         return self.policy_head.draw(shape, generator, generator.device)
 
     def forward(

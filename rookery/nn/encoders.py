@@ -212,7 +212,8 @@ class ImageEncoder(Encoder):
 
     def forward(self, obs: Tensor) -> Tensor:
         first, *others = self.convolutions
-        x = F.conv2d(self.image(obs), first.weight * self.image.scale, first.bias, first.stride, first.padding)
+        assert isinstance(first, nn.Conv2d)  # for the type checker
+        x = F.conv2d(self.image(obs), first.weight * self.image.scale, first.bias, first.stride, first.padding)  # type: ignore[call-overload]  # padding is no string here
         for layer in others:
             x = layer(x)
         features = self.dense(x).relu()

@@ -35,16 +35,29 @@ def until(ready: Callable[[], bool], what: str) -> Generator[tuple[str, bool], N
         done = False
 
 
+class Line:
+    """First come, first served: else the role with the first turn of a round would take everything."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[object] = deque()
+
+    async def until(self, ready: Callable[[], bool], what: str) -> None:
+        ticket = object()
+        self._waiting.append(ticket)
+        await until(lambda: self._waiting[0] is ticket and ready(), what)
+        self._waiting.popleft()
+
+
 class InlineQueue:
     """`Queue` within one process: slots are handed on by reference."""
 
     def __init__(self, capacity: int) -> None:
-        self.capacity, self._made = capacity, 0
+        self.capacity, self._made, self._line = capacity, 0, Line()
         self._free: list[Any] = []
         self._filled: deque[Any] = deque()
 
     async def slot(self, make: Callable[[], Any]) -> Any:
-        await until(lambda: bool(self._free) or self._made < self.capacity, "a free slot")
+        await self._line.until(lambda: bool(self._free) or self._made < self.capacity, "a free slot")
         if self._free:
             return self._free.pop()
         self._made += 1
@@ -100,13 +113,14 @@ class InlineReplay:
     def __init__(self, store: Any, samples_per_insert: float, min_size: int, tolerance: float) -> None:
         self.store, self.ratio, self.min_size, self.tolerance = store, samples_per_insert, min_size, tolerance
         self.inserts = self.samples = 0
+        self._line = Line()
 
     async def room(self, items: int) -> None:
         def ready() -> bool:
             ahead = (self.inserts + items - self.min_size) * self.ratio - self.samples
             return self.inserts + items <= self.min_size or ahead <= self.tolerance
 
-        await until(ready, f"room for {items} inserts")
+        await self._line.until(ready, f"room for {items} inserts")
 
     def insert(self, items: Any, count: int) -> None:
         self.store.insert(items)

@@ -40,22 +40,28 @@ class Setting:
     eval_every: int  # steps; 0 for never
     eval_episodes: int
     compile: bool = False
+    graphs: bool = False
     bf16: bool = False
+
+    @property
+    def means(self) -> dict[str, bool]:
+        """How acting and learning are computed."""
+        return {"compile": self.compile, "graphs": self.graphs, "bf16": self.bf16}
 
 
 async def actor(role: Role, setting: Setting, weights: Weights, unrolls: Queue) -> None:
     """Collect with the newest weights only."""
     algorithm, env = setting.algorithm, setting.make_env(setting.lanes, role.seed)
-    options = {"compile": setting.compile, "bf16": setting.bf16}
-    collector = role.keep(Collector(algorithm, setting.make_net(), env, algorithm.plan.unroll, role.seed, **options))
+    net, unroll = setting.make_net(), algorithm.plan.unroll
+    collector = role.keep(Collector(algorithm, net, env, unroll, role.seed, **setting.means))
     version = 0
     try:
         while True:
             version, values, steps = await weights.newer_than(version)
-            unroll = await unrolls.slot(collector.slot)
+            slot = await unrolls.slot(collector.slot)
             collector.load(version, values)
-            valid = collector.fill(unroll)
-            unrolls.put(role.index, unroll)
+            valid = collector.fill(slot)
+            unrolls.put(role.index, slot)
             if crosses(steps, steps + valid, setting.log_every) and collector.returns:
                 role.report(steps + valid, collector.episodes())
     finally:
@@ -64,8 +70,8 @@ async def actor(role: Role, setting: Setting, weights: Weights, unrolls: Queue) 
 
 async def learner(role: Role, setting: Setting, actors: int, weights: Weights, unrolls: Queue) -> None:
     """Update with one unroll of every actor."""
-    options = {"compile": setting.compile, "bf16": setting.bf16}
-    learner = role.keep(Learner(setting.algorithm, setting.make_net(), setting.total_steps, role.seed, **options))
+    net = setting.make_net()
+    learner = role.keep(Learner(setting.algorithm, net, setting.total_steps, role.seed, **setting.means))
     role.advance(learner.steps)
     weights.publish(learner.version, learner.values(), learner.steps)
     while learner.steps < setting.total_steps:

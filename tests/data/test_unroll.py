@@ -70,7 +70,10 @@ def test_write_copies_each_leaf_once_and_in_place() -> None:
     ("rows", "message"),
     [
         ({"rewards": [torch.zeros(LANES)] * 2}, "no key 'rewards' in this unroll; it holds action, obs, reward, term"),
-        ({"reward": [torch.zeros(LANES)] * 4}, "'reward' brings 4 rows; an unroll of 2 steps takes 2, or 3 with"),
+        (
+            {"reward": [torch.zeros(LANES)] * 4},
+            "'reward' brings 4 rows from row 0 on; an unroll of 2 steps has rows 0 to 2",
+        ),
         (
             {"reward": [torch.zeros(LANES), torch.zeros(LANES).double()]},
             r"'reward' brings a row float64\[3\] on cpu; .* allocated for float32\[3\] on cpu",

@@ -64,6 +64,8 @@ class TensorEnv(VectorEnv):
         self.lanes = lanes
         self.device = _device(device)
         self.generator = torch.Generator(self.device)  # public: CUDA graph capture has to register it
+        # Set by a caller that has drawn the next step's numbers ahead, so that no generator is in what it compiles.
+        self.noise: Tensor | None = None
         self._refuse_unknown(options)
         self.build(**options)
         limit = self.default_max_steps if max_steps == "default" else max_steps
@@ -100,9 +102,9 @@ class TensorEnv(VectorEnv):
     def build(self, *args: Any, **options: Any) -> None:
         """Set `obs_space`, `action_space` and constants; `lanes` and `device` are there already."""
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """All random numbers of one step, `[B, k]`, in one call; uniform in [0, 1) unless a subclass says otherwise."""
-        return torch.rand((self.lanes, self.draws), generator=generator, device=self.device)
+    def draw(self, generator: torch.Generator, *rows: int) -> Tensor:
+        """All random numbers of one step, `[*rows, B, k]`, in one call; uniform in [0, 1) unless a subclass differs."""
+        return torch.rand((*rows, self.lanes, self.draws), generator=generator, device=self.device)
 
     @abstractmethod
     def initial(self, noise: Tensor) -> State:
@@ -140,7 +142,7 @@ class TensorEnv(VectorEnv):
         Raises:
             ValueError: for an action whose keys, shape, dtype or device are not those of the action space.
         """
-        noise = self.draw(self.generator)
+        noise = self.draw(self.generator) if self.noise is None else self.noise
         carried = self._pure(self._state, self._ended, self._steps, self._unpacked(action), noise)
         self._state, self._ended, self._steps, obs, reward, terminated, truncated, valid = carried
         return Step(self._packed(obs), reward, terminated, truncated, valid, {})

@@ -55,8 +55,8 @@ class CartPole(TensorEnv):
         self._arm = self.constant(self.half_length * 4 / 3 / self.gravity)
         self._one = torch.ones(self.lanes, device=self.device)
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        return torch.empty((self.lanes, 4), device=self.device).uniform_(-0.05, 0.05, generator=generator)
+    def draw(self, generator: torch.Generator, *rows: int) -> Tensor:
+        return torch.empty((*rows, self.lanes, 4), device=self.device).uniform_(-0.05, 0.05, generator=generator)
 
     def initial(self, noise: Tensor) -> State:
         return {"physics": noise}  # x, x', θ, θ'

@@ -1,0 +1,20 @@
+"""How everything here is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+
+__all__ = ["compiled"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function, graphs: bool = False) -> Function:
+    """`torch.compile` for fixed shapes; with `graphs`, replayed as CUDA graphs where there is a GPU."""
+    options: dict[str, Any] = {"cpp.use_decompose_tanh": True}  # a vectorised tanh: three times the speed, 2e-7 off
+    if graphs and torch.cuda.is_available():
+        options["triton.cudagraphs"] = True
+    return cast(Function, torch.compile(function, dynamic=False, options=options))

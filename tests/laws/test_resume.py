@@ -1,0 +1,234 @@
+"""A run that was interrupted and resumed equals, bit for bit, the one that never was; and a run can be repeated.
+
+Every system joins by standing in `rookery.systems`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies
+from tiny import differences, metrics, tiny, weights
+
+import rookery
+from rookery.algorithms.base import Refused
+from rookery.systems import SYSTEMS, find
+from rookery.train import Keeper
+
+CART = {"env": "tensor:CartPole-v1", "env_options": {"max_steps": 30}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": CART,
+    "memory": {**CART, "memory": "lstm"},
+    "normalised": {**CART, "normalize_obs": True, "normalize_reward": True},
+    "continuous": {"env": "tensor:Pendulum-v1", "env_options": {"max_steps": 20}},
+    "transformed": {**CART, "actors": 2, "frame_stack": 3, "clip_reward": True},
+}
+LONG = 640  # steps of the runs that are interrupted from outside
+
+each_system = pytest.mark.parametrize("system", SYSTEMS)
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def run(system: str, path: Path, variant: str = "plain", **more: Any) -> rookery.Run:
+    """Train the smallest run of a variant; skips what the system does not have."""
+    options = {**VARIANTS[variant], **more}
+    fields = {field.name for field in dataclasses.fields(find(system).algorithm_class())}
+    fields |= {field.name for field in dataclasses.fields(rookery.Options)}
+    if options.keys() - fields - {"env"}:
+        pytest.skip(f"{system} has no such setting")
+    try:
+        return rookery.train(system, options.pop("env"), run_dir=path, quiet=True, **tiny(system, **options))
+    except Refused as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., rookery.Run]:
+    """The run that nothing interrupted, trained once for each set of arguments."""
+
+    @cache
+    def trained(system: str, variant: str = "plain", **more: Any) -> rookery.Run:
+        return run(system, tmp_path_factory.mktemp("whole") / "run", variant, **more)
+
+    return trained
+
+
+class Stops:
+    """Lets a signal arrive after the given round of the next run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left = -1
+        between = Keeper.between
+
+        def counting(keeper: Keeper, steps: int, snapshot: Callable[[], dict[str, Any]]) -> bool:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return between(keeper, steps, snapshot)
+
+        monkeypatch.setattr(Keeper, "between", counting)
+
+    def after(self, rounds: int) -> None:
+        self.left = rounds
+
+
+@pytest.fixture
+def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
+    return Stops(monkeypatch)
+
+
+# In this process: after any round, once or twice.
+
+
+@each_variant
+@each_system
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rounds=strategies.lists(strategies.integers(1, 9), min_size=1, max_size=2))
+def test_stopped_after_a_round(
+    system: str, variant: str, whole: Any, stops: Stops, tmp_path_factory: Any, rounds: list[int]
+) -> None:
+    expected = whole(system, variant)
+    path = tmp_path_factory.mktemp("stopped") / "run"
+    for number, count in enumerate(rounds):
+        stops.after(count)
+        found = rookery.resume(path, quiet=True) if number else run(system, path, variant)
+    stops.after(-1)
+    found = rookery.resume(path, quiet=True)
+    assert not found.interrupted
+    assert differences(expected, found) == []
+
+
+# From outside: a signal at a random moment of a process of its own.
+
+
+def child(system: str, path: str) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    run(system, Path(path), steps=LONG)
+
+
+def interrupt(system: str, path: Path, number: signal.Signals, ready: Callable[[], bool]) -> tuple[int | None, int]:
+    """Train in another process and send it the signal a random while after it is `ready`; exit code and steps."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rookery.train", "rookery.topologies.actors_learner", "rookery.envs.tensor"])
+    process = context.Process(target=child, args=(system, str(path)))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not ready() and process.is_alive():
+        assert time.monotonic() < deadline, "the run did not get going"
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, 0.3))
+    os.kill(process.pid or 0, number)
+    process.join(60)
+    steps = rookery.load(path).checkpoints.steps()
+    return process.exitcode, steps[-1] if steps else -1
+
+
+@each_system
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_signalled_at_a_random_moment(system: str, number: signal.Signals, whole: Any, tmp_path: Path) -> None:
+    expected = whole(system, steps=LONG)
+    midway = []
+    for attempt in range(3):
+        path = tmp_path / str(attempt)
+        code, reached = interrupt(system, path, number, lambda path=path: any(path.glob("checkpoints/0*/state.json")))
+        assert code in (0, -number)
+        midway.append(0 <= reached < LONG)
+        found = rookery.resume(path, quiet=True)
+        assert differences(expected, found) == [], f"interrupted at about step {reached} with code {code}"
+    assert any(midway), "no signal arrived before the end; make the run longer"
+
+
+@each_system
+def test_goes_on_to_a_larger_budget(system: str, tmp_path: Path) -> None:
+    short = run(system, tmp_path / "run", steps=80)
+    assert 80 <= short.summary["steps"] < 160
+    before = metrics(short.path)
+    again = rookery.resume(short.path, steps=160, quiet=True)
+    assert again.summary["steps"] >= 160
+    assert again.config["options"]["steps"] == 160
+    after = metrics(again.path)
+    assert after[: len(before)] == before
+    assert [row["step"] for row in after] == sorted(row["step"] for row in after)
+    assert after[-1]["step"] == again.summary["steps"]
+    assert rookery.load(short.path).evaluate(2).returns
+
+
+@each_system
+def test_resuming_a_finished_run_changes_nothing(system: str, tmp_path: Path) -> None:
+    done = run(system, tmp_path / "run")
+    before = {path: path.read_bytes() for path in sorted(done.path.rglob("*")) if path.is_file()}
+    again = rookery.resume(done.path, quiet=True)
+    assert not again.interrupted
+    rookery.resume(done.path, steps=10, quiet=True)
+    assert {path: path.read_bytes() for path in sorted(done.path.rglob("*")) if path.is_file()} == before
+
+
+@each_system
+def test_stopped_in_the_last_round(system: str, whole: Any, stops: Stops, tmp_path: Path) -> None:
+    """The budget is used up, but the last evaluation is still owed."""
+    stops.after(1000)
+    run(system, tmp_path / "counted")
+    stops.after(1000 - stops.left)
+    path = run(system, tmp_path / "stopped").path
+    assert json.loads((path / "summary.json").read_text())["interrupted"]
+    stops.after(-1)
+    assert differences(whole(system), rookery.resume(path, quiet=True)) == []
+
+
+def test_an_environment_without_state_begins_episodes_anew(
+    stops: Stops, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stops.after(4)
+    settings = tiny("ppo", steps=400)
+    first = rookery.train("ppo", "gym:CartPole-v1", run_dir=tmp_path / "run", quiet=True, **settings)
+    assert first.interrupted
+    reached = first.summary["steps"]
+    capsys.readouterr()
+    again = rookery.resume(first.path)
+    assert "cannot save its state: episodes begin anew" in capsys.readouterr().out
+    assert reached < 400 <= again.summary["steps"]
+    rows = [row for row in metrics(again.path) if row["role"] == "learner"]
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+
+
+# Repeatable, and alone.
+
+
+@each_system
+def test_repeatable(system: str, whole: Any, tmp_path: Path) -> None:
+    expected = whole(system)
+    torch.manual_seed(12345)  # what others do to the global generator has no influence
+    assert differences(expected, run(system, tmp_path / "same")) == []
+
+
+@each_system
+def test_another_seed_differs(system: str, whole: Any, tmp_path: Path) -> None:
+    one, other = weights(whole(system)), weights(run(system, tmp_path / "other", seed=1))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert metrics(whole(system).path) != metrics(tmp_path / "other")
+
+
+@each_system
+def test_the_process_stays_as_it_was(system: str, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    rng, count, handlers = torch.get_rng_state(), torch.get_num_threads(), _handlers()
+    run(system, tmp_path / "run", threads=count + 1).evaluate(2)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.get_num_threads() == count
+    assert _handlers() == handlers
+
+
+def _handlers() -> list[Any]:
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

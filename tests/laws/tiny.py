@@ -1,0 +1,60 @@
+"""The smallest run of every system: settings that any algorithm takes, and what two runs are compared by."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rookery
+from rookery.systems import find
+
+__all__ = ["differences", "metrics", "tiny", "weights"]
+
+CLOCK = ("seconds", "steps_per_second")
+
+# Fields that several algorithms have; each takes those it knows.
+SMALL = {"unroll": 4, "epochs": 2, "minibatches": 2, "hidden": (8,), "memory_size": 8}
+RUN = {"steps": 160, "envs": 4, "eval_episodes": 2, "log_every": 16, "eval_every": 48, "sinks": (), "device": "cpu"}
+
+
+def tiny(system: str, **settings: Any) -> dict[str, Any]:
+    """Settings of a run of a few updates with checkpoints, evaluations and rows of metrics in between."""
+    known = {field.name for field in dataclasses.fields(find(system).algorithm_class())}
+    return {**RUN, **{name: value for name, value in SMALL.items() if name in known}, **settings}
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics, without the clock."""
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
+
+
+def weights(run: rookery.Run) -> dict[str, Tensor]:
+    """Weights and normaliser statistics of the newest checkpoint."""
+    return run.checkpoints.latest()[1]["run"]["roles"]["learner_0"]["net"]
+
+
+def differences(one: rookery.Run, two: rookery.Run) -> list[str]:
+    """Where two runs differ: in everything their last checkpoints hold, in their metrics, in their summaries."""
+    found = _unequal("checkpoint", one.checkpoints.latest()[1], two.checkpoints.latest()[1])
+    ours, theirs = metrics(one.path), metrics(two.path)
+    if ours != theirs:
+        pairs = zip(ours, theirs, strict=False)
+        found.append(f"metrics ({len(ours)}, {len(theirs)} rows): {next((p for p in pairs if p[0] != p[1]), 'length')}")
+    return found + _unequal("summary", one.summary, two.summary)
+
+
+def _unequal(path: str, one: Any, two: Any) -> list[str]:
+    if path.rpartition("/")[2] in CLOCK:
+        return []
+    if isinstance(one, dict) and isinstance(two, dict):
+        if one.keys() != two.keys():
+            return [f"{path}: {sorted(one)} and {sorted(two)}"]
+        return [line for name in one for line in _unequal(f"{path}/{name}", one[name], two[name])]
+    same = torch.equal(one, two) if isinstance(one, Tensor) else one == two
+    return [] if same else [f"{path}: {one} and {two}"]
