@@ -75,7 +75,7 @@ def cores_of(text: str) -> list[int]:
 def child(script: str, spec: Result, cores: list[int], timeout: float = 1800) -> Result:
     """Run `script --child SPEC` as a process of its own on these cores, and give its result.
 
-    The result also gets `wall`, the seconds from the process's start to its end.
+    The result also gets `wall`, the seconds from the process's start to its end, and `cpu`, its processor time.
 
     Raises:
         RuntimeError: if it fails, with the end of what it said.
@@ -100,7 +100,7 @@ def entry(words: str, kinds: dict[str, Callable[[Result], Result]]) -> None:
     spec = json.loads(words)
     os.sched_setaffinity(0, spec["cores"])
     result = kinds[spec["kind"]](spec)
-    print(f"\n{MARK}{json.dumps(result)}", flush=True)
+    print(f"\n{MARK}{json.dumps({**result, 'cpu': time.process_time()})}", flush=True)
 
 
 def interleaved(
@@ -142,7 +142,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A markdown table with aligned columns."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
     rule = "| " + " | ".join("-" * width for width in widths) + " |"
     return "\n".join([lines[0], rule, *lines[1:]])
 

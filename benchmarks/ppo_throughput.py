@@ -6,46 +6,52 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import child, cores_of, entry, header, interleaved, machine, parser, ratios, spread, table, write
 
-NOTES = """Each number is the median over the rounds, with the least and the greatest; ratios are taken within a round.
-Every variant is a process of its own, pinned to the same core with as many torch threads, and they take turns.
-Speeds are of training as a user runs it, after start-up and warm-up: ours is `rookery.train` with its metrics log and
-TensorBoard events, without evaluations in the measured part, and counts actions applied (rows in which a lane only
-resets do not count); Stable-Baselines3's is `model.learn` without logger or callbacks. Start-up is from the start of
-the process to the end of the first updates (`first` iterations), compilation included. Both sides use the hyperparameters of the case; on
-images ours chooses bf16 for the trunk where the processor has the instructions (`float32`: it was told not to)."""
+NOTES = """Each number is the median over the rounds, with the least and the greatest; ratios are taken within a
+round. Every variant is a process of its own, pinned to the same cores with as many torch threads, and they take
+turns. Speeds are of training as a user runs it, after start-up and warm-up: ours is `rookery.train` with its metrics
+log and TensorBoard events, without evaluations in the measured part, and counts actions applied (a row in which a
+lane only resets does not count); Stable-Baselines3's (SB3) is `model.learn` without logger or callbacks, on
+Gymnasium's CartPole, and for Pong on ale-py in its own `make_atari_env` with OpenCV and 4 stacked frames. Start-up is
+from the start of the process to the end of the `first` iterations, compilation included, which later rounds find
+cached. Hyperparameters are equal, constant over the run, with two 2×64 tanh networks or one Nature CNN; on images
+ours takes bf16 for the trunk where the processor has the instructions ("float32": it was told not to)."""
 
-COMMON = {"lr": 2.5e-4, "gamma": 0.99, "lam": 0.95, "clip": 0.2, "entropy_coef": 0.01, "value_coef": 0.5}
-COMMON |= {"max_grad_norm": 0.5, "epochs": 4}
-SB3_NAMES = {
-    "lr": "learning_rate",
-    "gamma": "gamma",
-    "lam": "gae_lambda",
-    "clip": "clip_range",
-    "entropy_coef": "ent_coef",
-    "value_coef": "vf_coef",
-    "max_grad_norm": "max_grad_norm",
-    "epochs": "n_epochs",
+PEERS = ("SB3", "SB3 on EnvPool")
+
+# Our name of each hyperparameter, theirs, and the value.
+HYPER: dict[str, tuple[str, float]] = {
+    "lr": ("learning_rate", 2.5e-4),
+    "gamma": ("gamma", 0.99),
+    "lam": ("gae_lambda", 0.95),
+    "clip": ("clip_range", 0.2),
+    "epochs": ("n_epochs", 4),
+    "entropy_coef": ("ent_coef", 0.01),
+    "value_coef": ("vf_coef", 0.5),
+    "max_grad_norm": ("max_grad_norm", 0.5),
 }
 
-# An iteration is an unroll of T steps in every lane and all epochs on it: `first` of them belong to the start-up, up to
-# `warmup` are left out, `iterations` are measured. `aim` is the ratio to Stable-Baselines3 that is aimed at.
-CASES: dict[str, dict[str, Any]] = {
-    "CartPole, 8 lanes": {
-        **{"env": "CartPole-v1", "envs": 8, "unroll": 128, "minibatch": 256, "aim": 3.0},
-        **{"first": 5, "warmup": 20, "iterations": 100},
-    },
-    "CartPole, 64 lanes": {
-        **{"env": "CartPole-v1", "envs": 64, "unroll": 128, "minibatch": 2048, "aim": 5.0},
-        **{"first": 1, "warmup": 5, "iterations": 25},
-    },
-    "Pong, 8 lanes": {
-        **{"env": "Pong-v5", "envs": 8, "unroll": 128, "minibatch": 256, "aim": 2.0},
-        **{"first": 1, "warmup": 2, "iterations": 8},
-    },
+
+class Case(NamedTuple):
+    """Work to be done. An iteration is an unroll in every lane and all epochs on it."""
+
+    env: str
+    envs: int
+    unroll: int  # T
+    minibatch: int  # samples
+    first: int  # iterations that belong to the start-up
+    warmup: int  # iterations before those that are measured, the first included
+    iterations: int  # that are measured
+    aim: float  # ratio to SB3
+
+
+CASES = {
+    "CartPole, 8 lanes": Case("CartPole-v1", 8, 128, 256, first=5, warmup=20, iterations=100, aim=3.0),
+    "CartPole, 64 lanes": Case("CartPole-v1", 64, 128, 2048, first=1, warmup=5, iterations=25, aim=5.0),
+    "Pong, 8 lanes": Case("Pong-v5", 8, 128, 256, first=1, warmup=2, iterations=8, aim=2.0),
 }
 SMOKE = {"unroll": 16, "minibatch": 64, "first": 1, "warmup": 1, "iterations": 2}
 
@@ -56,8 +62,9 @@ def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
     from rookery.runs.metrics import read
 
     batch = spec["envs"] * spec["unroll"]
+    hyper = {name: value for name, (_, value) in HYPER.items()}
     algorithm = rookery.PPO(
-        **spec["hyper"], unroll=spec["unroll"], minibatches=batch // spec["minibatch"], anneal=False, clip_value=False
+        **hyper, unroll=spec["unroll"], minibatches=batch // spec["minibatch"], anneal=False, clip_value=False
     )
     with tempfile.TemporaryDirectory() as folder:
         run = rookery.train(
@@ -89,8 +96,8 @@ def train_sb3(spec: dict[str, Any]) -> dict[str, Any]:
     from peers import make_sb3
 
     batch = spec["envs"] * spec["unroll"]
-    hyper = {SB3_NAMES[name]: value for name, value in spec["hyper"].items()}
-    model = make_sb3({**spec, "hyper": {**hyper, "n_steps": spec["unroll"], "batch_size": spec["minibatch"]}})
+    hyper = {**dict(HYPER.values()), "n_steps": spec["unroll"], "batch_size": spec["minibatch"]}
+    model = make_sb3({**spec, "hyper": hyper})
     model.learn(batch * spec["first"])
     startup = time.time() - spec["began"]
     if spec["warmup"] > spec["first"]:
@@ -103,23 +110,23 @@ def train_sb3(spec: dict[str, Any]) -> dict[str, Any]:
     return {**speed, "startup": startup, "backend": backend, "precision": "float32"}
 
 
-def variants_of(case: dict[str, Any], cores: list[int]) -> dict[str, dict[str, Any]]:
+def variants_of(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Who runs in a case, by name: the peer in its usual stack and on EnvPool, ours eager and compiled."""
     from rookery.envs.make import make_env
 
     env = make_env(case["env"], case["envs"])
     picked, images = env.spec.backend, len(env.spec.obs_space.shape or ()) > 1
     env.close()
-    peer, mine = {**case, "kind": "sb3"}, {**case, "kind": "ours"}
-    found = {"SB3": {**peer, "envpool": False}, "SB3 on EnvPool": {**peer, "envpool": True}}
-    backends = {f"ours on {picked} (as picked)": case["env"]}
-    if picked != "tensor" and not images:
-        backends["ours on tensor"] = f"tensor:{case['env']}"
-    for name, id in backends.items():
-        found[name] = {**mine, "env": id, "options": {}}
-        if images and len(cores) == 1:
-            found[f"{name}, float32"] = {**mine, "env": id, "options": {"precision": "float32"}}
-        found[f"{name}, compiled"] = {**mine, "env": id, "options": {"compile": True}}
+    found = {name: {**case, "kind": "sb3", "envpool": name != "SB3"} for name in PEERS}
+    mine = {**case, "kind": "ours"}
+    found["ours eager"] = {**mine, "options": {}}
+    found["ours compiled"] = {**mine, "options": {"compile": True}}
+    if images:
+        found["ours eager float32"] = {**mine, "options": {"precision": "float32"}}
+    elif picked != "tensor":
+        tensor = {**mine, "env": f"tensor:{case['env']}"}
+        found["ours eager on tensor"] = {**tensor, "options": {}}
+        found["ours compiled on tensor"] = {**tensor, "options": {"compile": True}}
     return found
 
 
@@ -128,7 +135,7 @@ def rows_of(name: str, case: dict[str, Any], results: dict[str, list[dict[str, A
     speeds = {who: [each["steps_per_second"] for each in found] for who, found in results.items()}
     rows = []
     for who, found in results.items():
-        versus = [f"{ratios(speeds[who], speeds[peer]):.2f}" for peer in ("SB3", "SB3 on EnvPool")]
+        versus = [f"{ratios(speeds[who], speeds[peer]):.2f}" if peer in speeds else "" for peer in PEERS]
         aim = f"≥ {case['aim']:g}" if who.startswith("ours") else ""
         startup = f"{spread([each['startup'] for each in found]):.1f}"
         how = f"{found[0]['backend']}, {found[0]['precision']}"
@@ -136,35 +143,58 @@ def rows_of(name: str, case: dict[str, Any], results: dict[str, list[dict[str, A
     return rows
 
 
+def run_cases(args: Any, cores: list[int], rounds: int) -> dict[str, Any]:
+    """Every case that was asked for: its settings, and its results by variant."""
+    found = {}
+    for name, case in CASES.items():
+        if not any(part in name for part in args.cases.split(";")):
+            continue
+        settings = {**case._asdict(), **(SMOKE if args.smoke else {})}
+        variants = variants_of(settings)
+        wanted = {who: spec for who, spec in variants.items() if any(part in who for part in args.only.split(";"))}
+        print(name, flush=True)
+        results = interleaved(
+            wanted,
+            rounds,
+            lambda spec, number: child(__file__, {**spec, "seed": number}, cores),
+            lambda result: f"{result['steps_per_second']:>9,.0f} steps/s, start-up {result['startup']:.1f} s",
+        )
+        found[name] = {"settings": settings, "results": results}
+    return found
+
+
+def settings_of(case: dict[str, Any]) -> str:
+    """A case's settings in a line."""
+    flat = {**case, **{name: value for name, (_, value) in HYPER.items()}}
+    return " ".join(f"{name}={value}" for name, value in flat.items() if name != "aim")
+
+
 def main() -> None:
     """Run every case."""
     flags = parser(__doc__ or "", rounds=5)
-    flags.add_argument("--cases", default="", help="only the cases whose names contain one of these, as 8 lanes,Pong")
+    flags.add_argument("--cases", default="", help="only cases whose names contain one of these: '8 lanes;Pong'")
+    flags.add_argument("--only", default="", help="only variants whose names contain one of these: 'SB3;eager'")
     args = flags.parse_args()
     if args.child:
         entry(args.child, {"ours": train_ours, "sb3": train_sb3})
         return
     cores, rounds = cores_of(args.cores), 1 if args.smoke else args.rounds
-    about, rows, found = machine(cores), [], {}
-    for name, case in CASES.items():
-        if not any(part in name for part in args.cases.split(",")):
-            continue
-        case = {**case, "hyper": COMMON, **(SMOKE if args.smoke else {})}
-        print(name, flush=True)
-        results = interleaved(
-            variants_of(case, cores),
-            rounds,
-            lambda spec, number: child(__file__, {**spec, "seed": number}, cores),
-            lambda result: f"{result['steps_per_second']:>9,.0f} steps/s, start-up {result['startup']:.1f} s",
-        )
-        rows += rows_of(name, case, results)
-        found[name] = {"settings": case, "results": results}
-    head = ["case", "who", "environments", "steps/s", "× SB3", "× SB3 on EnvPool", "aim × SB3", "start-up, s"]
-    lines = [f"- {name}: `{each['settings']}`" for name, each in found.items()]
+    about = machine(cores)
+    found = run_cases(args, cores, rounds)
+    head = ["case", "who", "environments", "steps/s", *(f"× {peer}" for peer in PEERS), "aim × SB3", "start-up, s"]
+    rows = [row for name, each in found.items() for row in rows_of(name, each["settings"], each["results"])]
+    lines = "\n".join(f"- {name}: `{settings_of(each['settings'])}`" for name, each in found.items())
     smoke = "**A smoke run: these numbers mean nothing.**\n\n" if args.smoke else ""
-    text = f"# PPO throughput\n\n{smoke}{header(about)} Rounds: {rounds}.\n\n{table(head, rows)}\n\n{NOTES}\n\n"
-    result = {"smoke": args.smoke, "rounds": rounds, "machine": about, "cases": found, "command": sys.argv}
-    write(args.out, "ppo_throughput", result, text + "\n".join(lines))
+    text = f"# PPO throughput\n\n{smoke}{header(about)} Rounds: {rounds}.\n\n{table(head, rows)}\n\n{NOTES}\n\n{lines}"
+    result = {
+        "smoke": args.smoke,
+        "rounds": rounds,
+        "machine": about,
+        "hyper": HYPER,
+        "cases": found,
+        "command": sys.argv[1:],
+    }
+    write(args.out, "ppo_throughput", result, text)
 
 
 if __name__ == "__main__":

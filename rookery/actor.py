@@ -15,7 +15,7 @@ from rookery.data.unroll import UnrollBuffer
 from rookery.envs.tensor.base import TensorEnv
 from rookery.envs.vector import Obs, VectorEnv
 from rookery.estimators import linear_recurrence
-from rookery.nn.compiled import compiled
+from rookery.nn.compiled import compiled, precision
 from rookery.nn.flat import FlatParameters, restore
 
 __all__ = ["Collector", "Unroll"]
@@ -83,7 +83,7 @@ class Collector:
             self._static = {"env": {name: value.clone() for name, value in carry.items()}, "lanes": lanes_now}
 
     def _choose(self, obs: Obs, state: Tensor, noise: Tensor) -> Acted:
-        with torch.autocast(self.env.device.type, torch.bfloat16, enabled=self._bf16):
+        with precision(self.env.device, self._bf16):
             return self.algorithm.act(self.net, obs, state, noise)
 
     def load(self, version: int, values: dict[str, Tensor]) -> None:

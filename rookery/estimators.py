@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 __all__ = [
+    "Limits",
     "VTrace",
     "gae",
     "linear_recurrence",
@@ -115,6 +116,15 @@ def n_step(
     return target
 
 
+class Limits(NamedTuple):
+    """What bounds V-trace's weights."""
+
+    lam: float = 1.0  # λ
+    rho: float = 1.0  # ρ̄: bounds the variance, and with it moves the fixed point
+    c: float = 1.0  # c̄: sets the speed of contraction only
+    pg_rho: float = 1.0  # ρ̄_pg: the same as ρ̄, in the policy gradient
+
+
 class VTrace(NamedTuple):
     """What an actor-critic learns from with V-trace."""
 
@@ -130,22 +140,20 @@ def vtrace(
     terminated: Bool[Tensor, "T B"],
     ended: Bool[Tensor, "T B"],
     gamma: float,
-    lam: float = 1.0,
-    rho_max: float = 1.0,
-    c_max: float = 1.0,
-    pg_rho_max: float = 1.0,
+    limits: Limits | None = None,
 ) -> VTrace:
     """V-trace targets and advantages from behaviour μ for policy π (IMPALA, Espeholt et al. 2018, section 4.1).
 
     v_s − V_s = δ_s + γ_s c_s (v_{s+1} − V_{s+1}),  δ_t = ρ_t (r_t + γ_t V_{t+1} − V_t),
     ρ_t = min(ρ̄, π/μ),  c_t = λ min(c̄, π/μ);  advantage_s = min(ρ̄_pg, π/μ)(r_s + γ_s v_{s+1} − V_s).
 
-    Where the episode or the unroll ends, the recursion starts anew and v_{s+1} = `next_value`. `rho_max` bounds the
-    variance and with it moves the fixed point; `c_max` only sets the speed of contraction.
+    Where the episode or the unroll ends, the recursion starts anew and v_{s+1} = `next_value`.
 
     Args:
         log_rho: log π(a|x) − log μ(a|x) of the actions taken.
+        limits: λ, ρ̄, c̄ and ρ̄_pg; all 1 by default, as in the paper.
     """
+    lam, rho_max, c_max, pg_rho_max = limits or Limits()
     ratio = log_rho.exp()
     carry = _unless(ended, gamma, reward)
     error = torch.addcmul(reward, _unless(terminated, gamma, reward), next_value).sub_(value)

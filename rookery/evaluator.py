@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rookery.algorithms.base import Algorithm, PolicyNet
 from rookery.envs.vector import VectorEnv
+from rookery.nn.compiled import precision
 from rookery.nn.flat import FlatParameters, restore
 
 __all__ = ["Evaluation", "Evaluator"]
@@ -66,7 +67,7 @@ class Evaluator:
         obs, state = self.env.reset(), self.net.initial_state(self.env.lanes, self.env.device)
         for _ in range(limit):
             noise = None if self.greedy else self.net.draw((self.env.lanes,), self.generator)
-            with torch.autocast(self.env.device.type, torch.bfloat16, enabled=self._bf16):
+            with precision(self.env.device, self._bf16):
                 action, _, state = self.algorithm.act(self.net, obs, state, noise)
             step = self.env.step(action)
             obs = step.obs

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rookery.algorithms.base import Algorithm, Batch, Loss, OnPolicy, PolicyNet
-from rookery.nn.compiled import compiled
+from rookery.nn.compiled import compiled, precision
 from rookery.nn.flat import FlatParameters, snapshot
 
 __all__ = ["Learner", "NonFinite"]
@@ -54,7 +54,7 @@ class Learner:
         self._loss = compiled(self._evaluate, graphs) if compile else self._evaluate
 
     def _evaluate(self, batch: Batch) -> Loss:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+        with precision(self.device, self._bf16):
             return self.algorithm.loss(self.net, None, batch, self.remaining)
 
     def update(self, unroll: Batch) -> dict[str, float]:
@@ -114,12 +114,7 @@ class Learner:
             lanes = state[order] if plan.sequences else state[:0]  # single rows are only learnt without memory
             size = count // plan.minibatches
             for start in range(0, count, size):
-                part = {
-                    name: value.narrow(axis, start, size)
-                    if isinstance(value, Tensor)
-                    else _narrow(value, axis, start, size)
-                    for name, value in shuffled.items()
-                }
+                part = {name: _narrow(value, axis, start, size) for name, value in shuffled.items()}
                 yield {**part, "state": lanes[start : start + size]}
 
     def values(self) -> dict[str, Tensor]:
@@ -162,14 +157,16 @@ class Learner:
 
 
 def _take(value: Any, order: Tensor, axis: int) -> Any:
-    return (
-        value.index_select(axis, order)
-        if isinstance(value, Tensor)
-        else (value[order] if axis == 0 else value[:, order])
-    )
+    """Rows or lanes in another order. Rows of images are taken as flat rows, which is several times as fast."""
+    if not isinstance(value, Tensor):
+        return value[order] if axis == 0 else value[:, order]
+    if axis == 0 and value.ndim > 2:
+        return value.flatten(1).index_select(0, order).view(-1, *value.shape[1:])
+    return value.index_select(axis, order)
 
 
 def _narrow(value: Any, axis: int, start: int, size: int) -> Any:
+    """`size` rows or lanes from `start` on, as a view."""
     return value[start : start + size] if axis == 0 else value[:, start : start + size]
 
 

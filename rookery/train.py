@@ -291,6 +291,7 @@ def train(
     config = {
         "system": name,
         "env": env_name(env),
+        "seed": options.seed,
         "algorithm": {"class": type(algorithm).__name__, **dataclasses.asdict(cast(Any, algorithm))},
         "options": dataclasses.asdict(options),
         "network": None if network is None else getattr(network, "__name__", type(network).__name__),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rookery import estimators
 from rookery.estimators import (
+    Limits,
     gae,
     linear_recurrence,
     n_step,
@@ -290,10 +291,7 @@ def test_vtrace_equals_its_sum(rows: dict, gamma: float, lam: float, limits: tup
     ours = vtrace(
         **pick(rows, *BASE, "value", "log_rho"),
         gamma=gamma,
-        lam=lam,
-        rho_max=rho_max,
-        c_max=c_max,
-        pg_rho_max=pg_rho_max,
+        limits=Limits(lam, rho_max, c_max, pg_rho_max),
     )
     close(ours.target, each(rows, target), 1e-9)
     close(ours.advantage, each(rows, advantage), 1e-9)
@@ -302,7 +300,7 @@ def test_vtrace_equals_its_sum(rows: dict, gamma: float, lam: float, limits: tup
 @law
 @given(streams, unit, unit)
 def test_vtrace_on_policy_is_the_lambda_return(rows: dict, gamma: float, lam: float) -> None:
-    on_policy = vtrace(torch.zeros_like(rows["reward"]), **pick(rows, *BASE, "value"), gamma=gamma, lam=lam)
+    on_policy = vtrace(torch.zeros_like(rows["reward"]), **pick(rows, *BASE, "value"), gamma=gamma, limits=Limits(lam))
     close(on_policy.target, td_lambda(**pick(rows, *BASE), gamma=gamma, lam=lam), 1e-9)
     longest = vtrace(torch.zeros_like(rows["reward"]), **pick(rows, *BASE, "value"), gamma=gamma)
     close(longest.target, n_step(**pick(rows, *BASE), gamma=gamma, n=len(rows["reward"])), 1e-9)
@@ -344,7 +342,7 @@ def test_running_return_equals_its_twin_and_goes_on_over_calls(rows: dict, gamma
 
 def all_estimates(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     base, valued = pick(rows, *BASE), pick(rows, *BASE, "value")
-    off_policy = vtrace(rows["log_rho"], **valued, gamma=0.97, lam=0.9)
+    off_policy = vtrace(rows["log_rho"], **valued, gamma=0.97, limits=Limits(lam=0.9))
     return {
         "gae": gae(**valued, gamma=0.97, lam=0.9),
         "td_lambda": td_lambda(**base, gamma=0.97, lam=0.9),

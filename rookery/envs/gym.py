@@ -97,11 +97,14 @@ class GymEnv(VectorEnv):
             self._share = _Workers(maker, layout, lanes, workers, timeout, {"info": self._info, "render": render})
         else:
             self._share = _InPlace(made, layout, self._info)
+        self._begin(started=not workers)
+
+    def _begin(self, started: bool) -> None:
         self._finish = weakref.finalize(self, self._share.close)
         rows = self._rows = self._share.rows
         self._obs = [(key, rows[f"obs{i}"]) for i, key in enumerate(leaves(self.spec.obs_space))]
         self._action = [(key, rows[f"action{i}"]) for i, key in enumerate(leaves(self.spec.action_space))]
-        if workers:
+        if not started:
             self._do(None, "while starting")
 
     def reset(self, seed: int | None = None) -> Obs:

@@ -43,7 +43,6 @@ class ActorCritic(PolicyNet):
         normalize_reward: keep `self.return_norm`, the moments of the discounted return, by which rewards are scaled.
         network: a user's trunk, or a function that makes it from the spec: observations `[N, ...]` as the environment
             gives them (normalised if asked for) to features `[N, F]`.
-        squash: Box actions through tanh.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class ActorCritic(PolicyNet):
         normalize_obs: bool = False,
         normalize_reward: bool = False,
         network: Network | None = None,
-        squash: bool = False,
     ) -> None:
         super().__init__()
         self.norm = NormObs(spec.obs_space) if normalize_obs else None
@@ -72,7 +70,7 @@ class ActorCritic(PolicyNet):
         self.core = make_core(memory, trunk.features, memory_size)
         self.state_size = self.core.state_size
         self.return_norm = RunningNorm(()) if normalize_reward else None
-        self.policy_head = make_head(spec.action_space, self.core.features, gain=0.01, squash=squash)
+        self.policy_head = make_head(spec.action_space, self.core.features, gain=0.01)
         self.value_head = init_linear(nn.Linear(self.core.features, 1), gain=1.0)
         _check_mask(spec, self.policy_head.noise_size)
 

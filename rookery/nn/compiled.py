@@ -1,13 +1,14 @@
-"""How everything here is compiled."""
+"""How computation is run: compiled or not, in which precision."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "precision"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -18,3 +19,8 @@ def compiled(function: Function, graphs: bool = False) -> Function:
     if graphs and torch.cuda.is_available():
         options["triton.cudagraphs"] = True
     return cast(Function, torch.compile(function, dynamic=False, options=options))
+
+
+def precision(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
+    """Within it, matrix products and convolutions are in bfloat16 if asked for; else it is free of cost."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

@@ -19,8 +19,8 @@ ROWS = tomllib.loads((Path(__file__).parents[2] / "benchmarks" / "learning.toml"
 # Settings that learn a probe in seconds; a system that is not named here takes its own.
 QUICK = {"envs": 16, "lr": 5e-3, "hidden": (16,), "entropy_coef": 0.0, "gamma": 0.9, "eval_every": 10_000_000}
 PROBES: dict[str, dict[str, Any]] = {
-    "ppo": {**QUICK, "steps": 8_000, "unroll": 16, "minibatches": 2},
-    "a2c": {**QUICK, "steps": 12_000, "unroll": 4},
+    "ppo": {**QUICK, "steps": 6_000, "unroll": 16, "minibatches": 2},
+    "a2c": {**QUICK, "steps": 8_000, "unroll": 4},
 }
 WITH_VALUES = [name for name in SYSTEMS if name in PROBES]
 

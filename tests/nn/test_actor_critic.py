@@ -149,7 +149,7 @@ def test_memory_without_state_is_refused() -> None:
 def test_traces_as_one_graph(obs: str, action: str, memory: str) -> None:
     torch.compiler.reset()
     chosen = spec(OBSERVATIONS[obs], ACTIONS[action])
-    net = ActorCritic(chosen, (8,), memory=memory, memory_size=4, normalize_obs=True, squash=True)
+    net = ActorCritic(chosen, (8,), memory=memory, memory_size=4, normalize_obs=True)
     rows, state, noise = example(chosen.obs_space, B), net.initial_state(B), net.policy_head.draw((B,), None)
 
     def act(obs: Tensor, state: Tensor, noise: Tensor) -> tuple[Tensor, ...]:

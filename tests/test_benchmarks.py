@@ -1,0 +1,102 @@
+"""Each benchmark runs with `--smoke`, and writes the table and the JSON it promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+CORE = str(min(os.sched_getaffinity(0)))
+
+
+def bench(name: str, out: Path, *flags: str) -> tuple[dict[str, Any], str]:
+    """What the benchmark wrote: its JSON and its table."""
+    script, limit = str(FOLDER / f"{name}.py"), 300
+    words = [sys.executable, script, "--smoke", "--out", str(out), *flags]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=limit)
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("*.json")
+    assert path.name.startswith(name)
+    text = path.with_suffix(".md").read_text()
+    assert text.strip() in done.stdout
+    return json.loads(path.read_text()), text
+
+
+def check_machine(result: dict[str, Any], text: str) -> None:
+    assert result["smoke"] is True
+    assert "smoke" in text
+    assert result["machine"]["cpu"]
+    assert result["machine"]["versions"]["torch"] in text
+
+
+@pytest.mark.slow
+def test_ppo_throughput(tmp_path: Path) -> None:
+    pytest.importorskip("stable_baselines3")
+    flags = ("--cores", CORE, "--cases", "CartPole, 8", "--only", "SB3;ours eager")
+    result, text = bench("ppo_throughput", tmp_path, *flags)
+    check_machine(result, text)
+    ((name, case),) = result["cases"].items()
+    assert name == "CartPole, 8 lanes"
+    assert case["settings"]["envs"] == 8
+    assert {"SB3", "ours eager"} <= case["results"].keys()
+    for who, rounds in case["results"].items():
+        (each,) = rounds
+        assert each["steps_per_second"] == pytest.approx(each["steps"] / each["seconds"])
+        assert each["steps"] == 2 * 8 * 16 or who.startswith("ours")  # where a lane only resets, ours counts nothing
+        assert 0 < each["seconds"] < each["wall"]
+        assert 0 < each["startup"] < each["wall"]
+        assert f"| {who} " in text
+
+
+@pytest.mark.slow
+def test_time_to_solve(tmp_path: Path) -> None:
+    pytest.importorskip("stable_baselines3")
+    result, text = bench("time_to_solve", tmp_path, "--cores", CORE)
+    check_machine(result, text)
+    assert result["results"].keys() == {"SB3", "SB3, 1 evaluation lane", "ours"}
+    for who, rounds in result["results"].items():
+        (each,) = rounds
+        assert 0 < each["imports"] < each["until_training"] < each["seconds"] < each["wall"]
+        assert each["steps"] >= result["rule"]["every"]
+        assert each["final"] > 5
+        assert f"| {who} " in text
+
+
+def test_gpu_throughput_tries_its_code_on_a_cpu(tmp_path: Path) -> None:
+    result, text = bench("gpu_throughput", tmp_path, "--device", "cpu", "--modes", "eager", "--lanes", "16,8")
+    check_machine(result, text)
+    cells = {(cell["env"], cell["lanes"]): cell for cell in result["cells"]}
+    assert cells.keys() == {(env, lanes) for env in ("CartPole-v1", "Catch-v0") for lanes in (16, 8)}
+    for cell in cells.values():
+        assert "error" not in cell
+        assert cell["steps_per_second"] > 0
+        assert cell["phases"].keys() == {"fill", "update"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
+def test_gpu_throughput_without_a_gpu_says_so_in_one_sentence(tmp_path: Path) -> None:
+    words = [sys.executable, str(FOLDER / "gpu_throughput.py"), "--out", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stdout.count("\n") == 1
+    assert "no CUDA device" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_child_that_fails_is_told_of(tmp_path: Path) -> None:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        from common import child
+    finally:
+        sys.path.remove(str(FOLDER))
+    script = tmp_path / "fails.py"
+    script.write_text("raise SystemExit('the disk is full')")
+    with pytest.raises(RuntimeError, match="failed with status 1: the disk is full"):
+        child(str(script), {"kind": "any"}, [int(CORE)])

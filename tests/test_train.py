@@ -1,0 +1,622 @@
+"""`rookery.train` and what it gives back: own parts, and what happens when something is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+import rookery
+from rookery import PPO
+from rookery.algorithms.base import Batch, Loss, Refused
+from rookery.envs.spec import EnvSpec
+from rookery.envs.tensor.classic_control import CartPole
+from rookery.envs.vector import EnvError, Obs, Step
+from rookery.learner import NonFinite
+from rookery.runs.checkpoint import CheckpointError
+from rookery.runs.folder import RunFolderError
+from rookery.runtimes.inline import RoleError
+from rookery.train import Keeper
+
+CART = "tensor:CartPole-v1"
+LEARN: dict[str, Any] = {"unroll": 4, "epochs": 2, "minibatches": 2, "hidden": (8,)}
+RUN: dict[str, Any] = {"steps": 96, "envs": 4, "eval_episodes": 2, "eval_every": 32, "log_every": 16, "sinks": ()}
+
+
+def train(path: Path, env: Any = CART, system: Any = "ppo", **settings: Any) -> rookery.Run:
+    learn = LEARN if isinstance(system, str) else {}
+    return rookery.train(system, env, run_dir=path, quiet=True, **{**RUN, **learn, **settings})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> rookery.Run:
+    return train(tmp_path_factory.mktemp("trained") / "run")
+
+
+def copy_of(run: rookery.Run, path: Path) -> Path:
+    return run.save(path)
+
+
+# What a run gives
+
+
+def test_a_run_can_be_used(trained: rookery.Run) -> None:
+    found = trained.evaluate(5, seed=3)
+    assert len(found.returns) == len(found.lengths) == 5
+    assert found == trained.evaluate(5, seed=3)
+    assert trained.summary["steps"] >= 96
+    assert trained.summary["system"] == "ppo"
+    assert not trained.interrupted
+    assert (trained.path / "metrics.jsonl").exists()
+
+
+def test_a_policy_acts(trained: rookery.Run) -> None:
+    policy, obs = trained.policy, torch.zeros(3, 4)
+    action, state = policy(obs)
+    assert action.shape == (3,)
+    assert state.shape == (3, 0)
+    assert not any(parameter.requires_grad for parameter in policy.net.parameters())
+    sampled = [policy(obs, None, torch.Generator().manual_seed(seed))[0] for seed in range(20)]
+    assert len({tuple(each.tolist()) for each in sampled}) > 1
+
+
+def test_the_public_function_stays_a_function(trained: rookery.Run) -> None:
+    """Importing the module of the same name must not put the module in its place."""
+    import rookery.train  # noqa: F401
+
+    assert callable(rookery.train)
+    rookery.load(trained.path)
+    assert callable(rookery.train)
+
+
+def test_save_and_load(trained: rookery.Run, tmp_path: Path) -> None:
+    saved = trained.save(tmp_path / "kept")
+    loaded = rookery.load(saved)
+    assert loaded.algorithm == trained.algorithm
+    assert loaded.evaluate(3) == trained.evaluate(3) == rookery.evaluate(saved, 3)
+    assert loaded.summary == trained.summary
+    for name, value in trained.net().state_dict().items():
+        assert torch.equal(loaded.net().state_dict()[name], value)
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        trained.save(saved)
+
+
+def test_memory_is_carried_by_the_caller(tmp_path: Path) -> None:
+    policy = train(tmp_path / "run", memory="gru", memory_size=8).policy
+    state = policy.initial_state(2)
+    assert state.shape == (2, 8)
+    _, after = policy(torch.ones(2, 4), state)
+    assert not torch.equal(after, state)
+
+
+# Own parts
+
+
+class OwnNet(nn.Module):
+    def __init__(self, inputs: int = 4) -> None:
+        super().__init__()
+        self.inner = nn.Linear(inputs, 6)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return torch.tanh(self.inner(obs))
+
+
+def own_net(spec: EnvSpec) -> nn.Module:
+    return OwnNet(spec.obs_space.shape[0])
+
+
+@pytest.mark.parametrize("make", [OwnNet, lambda: own_net], ids=["module", "factory"])
+def test_own_network(make: Callable[[], Any], tmp_path: Path) -> None:
+    network = make()
+    before = [value.clone() for value in network.parameters()] if isinstance(network, nn.Module) else []
+    run = train(tmp_path / "run", network=network)
+    assert "trunk.network.inner.weight" in run.net().state_dict()
+    for mine, was in zip(before, getattr(network, "parameters", list)(), strict=True):
+        assert torch.equal(mine, was)  # the user's module is a beginning, not the one that learns
+    with pytest.raises(ValueError, match=r"was trained with its own network; load\(path, network=\.\.\.\)"):
+        rookery.load(run.path)
+    assert rookery.load(run.path, network=network).evaluate(3) == run.evaluate(3)
+
+
+def test_a_network_of_a_wrong_shape_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must map 2 observations to features of shape"):
+        train(tmp_path / "run", network=nn.Flatten(0))
+    assert not (tmp_path / "run").exists()
+
+
+class Coin(gymnasium.Env):
+    """Heads or tails, ten times; `fault` at step `at` of lane 1, which is told by its seed."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+    render_mode = None
+
+    def __init__(self, fault: str = "", at: int = 30) -> None:
+        self.fault, self.at, self.steps, self.seeds = fault, at, 0, 0
+
+    def reset(self, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count = 0
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.count, self.steps = self.count + 1, self.steps + 1
+        obs = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        reward = float(action)
+        if self.steps >= self.at:
+            if self.fault == "raise":
+                raise ZeroDivisionError("the wheel came off")
+            if self.fault == "nan":
+                obs[0] = np.nan
+            if self.fault == "reward":
+                reward = float("nan")
+            if self.fault == "shape":
+                obs = obs[:1]
+        return obs, reward, self.count == 10, False, {}
+
+
+@pytest.mark.parametrize("env", [Coin, lambda: Coin(), Coin()], ids=["class", "function", "object"])
+def test_own_environment(env: Any, tmp_path: Path) -> None:
+    run = train(tmp_path / "run", env)
+    assert run.summary["backend"] == "own"
+    assert run.config["own"]["env"]
+    assert set(run.evaluate(3).lengths) == {10}
+    with pytest.raises(ValueError, match=r"was trained with its own env; load\(path, env=\.\.\.\)"):
+        rookery.load(run.path)
+    assert rookery.load(run.path, env=env).evaluate(3) == run.evaluate(3)
+    again = rookery.resume(run.path, steps=128, env=env, quiet=True)
+    assert again.summary["steps"] >= 128
+
+
+def test_an_object_gives_each_lane_its_own_copy(tmp_path: Path) -> None:
+    env = Coin()
+    env.reset(seed=0)
+    run = train(tmp_path / "run", env, envs=4)
+    assert env.steps == 0
+    assert len(set(run.evaluate(8).returns)) >= 1
+
+
+def test_an_object_that_cannot_be_copied_is_refused(tmp_path: Path) -> None:
+    env = Coin()
+    env.lock = threading.Lock()
+    with pytest.raises(ValueError, match="this Coin cannot be copied .* hand in its class or a function that makes it"):
+        train(tmp_path / "run", env)
+
+
+def test_own_vector_environment(tmp_path: Path) -> None:
+    """An object decides how many lanes there are; what is asked for otherwise is refused."""
+    env = CartPole(6, max_steps=20)
+    before = env.state()
+    settings = {name: value for name, value in RUN.items() if name != "envs"}
+    run = rookery.train("ppo", env, run_dir=tmp_path / "run", quiet=True, **settings, **LEARN)
+    assert run.config["options"]["envs"] == 6
+    assert all(torch.equal(value, before[name]) for name, value in env.state().items())  # each role plays on a copy
+    assert len(run.evaluate(3).returns) >= 3
+    assert run.evaluate(6, seed=1) != run.evaluate(6, seed=2)
+    with pytest.raises(ValueError, match="envs=5, but the environment handed in has 6 lanes"):
+        train(tmp_path / "other", env, envs=5)
+
+
+@dataclass(frozen=True)
+class MyPPO(PPO):
+    """The tour's: a changed loss, with a setting of its own."""
+
+    weight: float = 0.5  # of the extra term
+
+    def loss(self, net: Any, target: None, batch: Batch, remaining: Tensor) -> Loss:
+        loss = super().loss(net, target, batch, remaining)
+        (_, value), _ = net(batch["obs"], batch["state"], batch["start"])
+        extra = self.weight * value.square().mean()
+        return loss._replace(loss=loss.loss + extra, metrics={**loss.metrics, "extra": extra.detach()})
+
+
+def test_own_algorithm(tmp_path: Path) -> None:
+    algorithm = MyPPO(**LEARN, weight=0.25)
+    run = train(tmp_path / "run", system=algorithm)
+    assert run.config["system"] == "myppo"
+    assert run.config["algorithm"]["weight"] == 0.25
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert all("extra" in row for row in rows if row["role"] == "learner")
+    with pytest.raises(ValueError, match=r"was trained with its own algorithm; load\(path, algorithm=\.\.\.\)"):
+        rookery.load(run.path)
+    assert rookery.load(run.path, algorithm=algorithm).evaluate(3) == run.evaluate(3)
+    again = rookery.resume(run.path, steps=128, algorithm=algorithm, quiet=True)
+    assert again.summary["steps"] >= 128
+
+
+def test_a_subclass_with_our_name_is_not_taken_for_ours(tmp_path: Path) -> None:
+    own = dataclass(frozen=True)(type("PPO", (MyPPO,), {}))
+    run = train(tmp_path / "run", system=own(**LEARN))
+    with pytest.raises(ValueError, match="was trained with its own algorithm"):
+        rookery.load(run.path)
+
+
+def test_an_algorithm_object_needs_no_name(tmp_path: Path) -> None:
+    """Settings and class of our own algorithms are in the folder, so that it loads without the object."""
+    run = train(tmp_path / "run", system=PPO(**LEARN, lr=1e-3))
+    assert rookery.load(run.path).algorithm == PPO(**LEARN, lr=1e-3)
+    with pytest.raises(ValueError, match=r"lr: no setting of a run \(the algorithm's settings go into PPO\(\.\.\.\)\)"):
+        train(tmp_path / "other", system=PPO(), lr=1e-3)
+
+
+# Refused before anything is built
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"system": "pppo"}, r"no system 'pppo'; nearest: ppo"),
+        ({"env": "CartPoel-v1"}, r"no backend has an environment 'CartPoel-v1'; nearest: .*CartPole-v1"),
+        ({"env": "tensor:CartPoel-v1"}, r"no environment 'CartPoel-v1'; the nearest are CartPole-v1"),
+        ({"learning_rate": 1e-3}, r"learning_rate: no setting of ppo; nearest: "),
+        ({"unrol": 8}, r"unrol: no setting of ppo; nearest: unroll"),
+        ({"lr": "fast"}, r"lr='fast' is not of type float"),
+        ({"steps": 10.5}, r"steps=10\.5 is not of type int"),
+        ({"envs": True}, r"envs=True is not of type int"),
+        ({"hidden": 64}, r"hidden=64 is not of type tuple\[int, \.\.\.\]"),
+        ({"hidden": (64, "a")}, r"hidden=\(64, 'a'\) is not of type tuple"),
+        ({"memory": "lstmm"}, r"memory='lstmm' is not 'none' or 'lstm' or 'gru'"),
+        ({"runtime": "cloud"}, r"runtime='cloud' is not 'inline'"),
+        ({"steps": 0}, r"steps=0 is too small; use 1 or more"),
+        ({"seed": -1}, r"seed=-1 is too small; use 0 or more"),
+        ({"frame_stack": -2}, r"frame_stack=-2 is too small; use 0 or more"),
+        ({"epochs": 0}, r"epochs=0 leaves nothing to learn from; use 1 or more"),
+        ({"minibatches": 0}, r"minibatches=0 leaves nothing to learn from"),
+        ({"unroll": 0}, r"unroll=0 leaves nothing to learn from"),
+        ({"env_options": ("max_steps",)}, r"env_options has 'max_steps', and takes name=value"),
+        ({"env_options": {"gravity_": 3}}, r"CartPole-v1 has no option 'gravity_'; it takes"),
+        ({"sinks": ("tensorbord",)}, r"sinks=\('tensorbord',\) is not"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_is_refused_in_a_sentence(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        train(tmp_path / "run", **arguments)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_whole_numbers_may_be_floats(tmp_path: Path) -> None:
+    run = train(tmp_path / "run", steps=9.6e1, hidden=[8])
+    assert run.config["options"]["steps"] == 96
+
+
+@pytest.mark.parametrize("settings", [{"unroll": 5, "minibatches": 3}, {"unroll": 4, "minibatches": 64}])
+def test_minibatches_that_do_not_divide(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The advice is tried, and works."""
+    with pytest.raises(Refused, match=r"does not divide the \d+ samples of an update \(unroll=\d × envs=4\)") as caught:
+        train(tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+    advice = int(re.search(r"use (\d+) instead", str(caught.value))[1])
+    assert train(tmp_path / "run", **{**settings, "minibatches": advice}).summary["steps"] >= 96
+
+
+def test_lanes_that_do_not_divide_with_memory(tmp_path: Path) -> None:
+    settings = {"memory": "lstm", "memory_size": 4, "envs": 3, "actors": 3}
+    with pytest.raises(Refused, match="minibatches=4 does not divide the 9 lanes of an update") as caught:
+        train(tmp_path / "run", **settings, minibatches=4)
+    advice = int(re.search(r"use (\d+) instead", str(caught.value))[1])
+    assert train(tmp_path / "run", **settings, minibatches=advice).summary["steps"] >= 96
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("env", [CART, "gym:CartPole-v1"])
+def test_a_device_that_is_not_there(env: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cuda.*use 'cpu'"):
+        train(tmp_path / "run", env, device="cuda")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_by_others(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        train(tmp_path / "run")
+
+
+@pytest.mark.parametrize("where", ["/proc/rookery/run", "file/run"])
+def test_a_folder_that_cannot_be_written(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="cannot be written.*name a folder that can"):
+        train(Path(where))
+
+
+# What goes wrong on the way
+
+
+def survivor(path: Path, env: Any = None) -> rookery.Run:
+    """The run left behind by one that failed: it loads, its weights are finite and it can be evaluated."""
+    run = rookery.load(path, env=env)
+    assert all(bool(value.isfinite().all()) for value in run.net().state_dict().values())
+    assert (path / "config.json").exists()
+    assert not (path / "summary.json").exists()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("raise", r"ZeroDivisionError: the wheel came off"),
+        ("nan", r"(?i)nan"),
+        ("reward", r"(?i)reward.*nan"),
+        ("shape", r"shape"),
+    ],
+)
+def test_an_environment_that_fails_midway(fault: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(RoleError, match=rf"actor 0 failed: .*lane \d, step \d+: .*{message}") as caught:
+        train(path, lambda: Coin(fault), steps=1000)
+    assert isinstance(caught.value.__cause__, EnvError)
+    run = survivor(path, Coin)
+    assert run.checkpoints.steps()[-1] >= 32
+    assert len(run.evaluate(2).returns) == 2
+    rows = (path / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) >= 2
+    assert rookery.resume(path, env=Coin, steps=200, quiet=True).summary["steps"] >= 200
+
+
+class BadVector(CartPole):
+    """A user's vector environment that nothing checks, and whose lane 2 goes wrong at step 10."""
+
+    id = "BadVector-v0"
+    calls = 0
+    fault = ""
+
+    def step(self, action: Obs) -> Step:
+        step, self.calls = super().step(action), self.calls + 1
+        if self.calls == 10 and self.fault == "nan":
+            step.obs[2, 1] = float("nan")
+        if self.calls == 10 and self.fault == "reward":
+            step.reward[2] = float("inf")
+        if self.calls >= 10 and self.fault == "shape":
+            return step._replace(obs=step.obs[:, :3])
+        return step
+
+
+@pytest.mark.parametrize(("fault", "message"), [("nan", "obs|value"), ("reward", "advantage"), ("shape", "obs|shape")])
+def test_a_vector_environment_that_nothing_checks(fault: str, message: str, tmp_path: Path) -> None:
+    env = BadVector(4)
+    env.fault = fault
+    path = tmp_path / "run"
+    with pytest.raises(RoleError, match=message):
+        train(path, env)
+    survivor(path, CartPole(4))
+
+
+@pytest.mark.parametrize("settings", [{"lr": 1e30}, {"lr": 1e18, "max_grad_norm": None}])
+def test_weights_that_explode(settings: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(
+        RoleError, match=r"learner 0 failed: .* is not finite at update \d+ .*; the run stops"
+    ) as caught:
+        train(path, **settings, steps=2000)
+    assert isinstance(caught.value.__cause__, NonFinite)
+    survivor(path).evaluate(2)
+
+
+@dataclass(frozen=True)
+class NanPPO(PPO):
+    """Its loss is NaN from a third of the run on."""
+
+    def loss(self, net: Any, target: None, batch: Batch, remaining: Tensor) -> Loss:
+        loss = super().loss(net, target, batch, remaining)
+        return loss._replace(loss=torch.where(remaining < 0.5, loss.loss * float("nan"), loss.loss))
+
+
+def test_a_loss_that_becomes_nan(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(RoleError, match="learner 0 failed: the gradient of .* is not finite") as caught:
+        train(path, system=NanPPO(**LEARN))
+    assert isinstance(caught.value.__cause__, NonFinite)
+    run = rookery.load(path, algorithm=NanPPO(**LEARN))
+    assert run.checkpoints.steps()[-1] >= 32
+    assert all(bool(value.isfinite().all()) for value in run.net().state_dict().values())
+    mended = rookery.resume(path, algorithm=PPO(**LEARN), quiet=True)
+    assert mended.summary["steps"] >= 96
+
+
+def test_a_disk_that_fills_up_during_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rookery.runs import checkpoint
+
+    path, written, save_file = tmp_path / "run", [], checkpoint.save_file
+
+    def full(tensors: Any, file: Path) -> None:
+        if len(written) == 2:
+            file.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        written.append(file)
+        save_file(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match="could not be written: No space left on device; what was saved before"):
+        train(path)
+    monkeypatch.undo()
+    run = survivor(path)
+    assert len(run.checkpoints.steps()) == 2
+    whole = train(tmp_path / "whole")
+    again = rookery.resume(path, quiet=True)
+    for name, value in whole.net().state_dict().items():
+        assert torch.equal(value, again.net().state_dict()[name])
+
+
+def test_a_disk_that_fills_up_during_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rookery.runs.metrics import MetricsError, MetricsLog
+
+    append, rows = MetricsLog.append, []
+
+    def full(log: MetricsLog, row: Any) -> None:
+        rows.append(row)
+        if len(rows) == 6:
+            raise log._unwritable(OSError(28, "No space left on device"))
+        append(log, row)
+
+    monkeypatch.setattr(MetricsLog, "append", full)
+    with pytest.raises(RoleError, match=r"metrics.jsonl could not be written: No space left on device") as caught:
+        train(tmp_path / "run")
+    assert isinstance(caught.value.__cause__, MetricsError)
+    monkeypatch.undo()
+    survivor(tmp_path / "run")
+    assert rookery.resume(tmp_path / "run", quiet=True).summary["steps"] >= 96
+
+
+def test_a_failed_run_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    with pytest.raises(RoleError):
+        train(tmp_path / "run", lambda: Coin("raise"), threads=before[2] + 1)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), torch.get_num_threads()) == before
+
+
+# Signals
+
+
+def signalling(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, times: int = 1) -> None:
+    between, rounds = Keeper.between, []
+
+    def signalled(keeper: Keeper, *arguments: Any) -> bool:
+        rounds.append(keeper)
+        if len(rounds) == 3:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return between(keeper, *arguments)
+
+    monkeypatch.setattr(Keeper, "between", signalled)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_round(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signalling(monkeypatch, number, times=2)  # some supervisors send it to the process and to its group
+    run = train(tmp_path / "run")
+    assert run.interrupted
+    assert run.signal == number
+    assert run.summary["interrupted"]
+    assert 0 < run.summary["steps"] < 96
+    assert run.checkpoints.steps()[-1] == run.summary["steps"]
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or an environment that hangs could not be left."""
+    clock = time.monotonic
+    signalling(monkeypatch, signal.SIGINT, times=2)
+    monkeypatch.setattr(time, "monotonic", lambda ticks=iter(range(10**9)): clock() + 2 * next(ticks))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run")
+    monkeypatch.undo()
+    assert rookery.resume(tmp_path / "run", quiet=True).summary["steps"] >= 96
+
+
+def test_training_in_another_thread(tmp_path: Path) -> None:
+    """Where signals cannot be handled, nothing is lost but that."""
+    found: list[rookery.Run] = []
+    thread = threading.Thread(target=lambda: found.append(train(tmp_path / "run")))
+    thread.start()
+    thread.join(60)
+    assert found[0].summary["steps"] >= 96
+
+
+# What was tampered with
+
+
+def test_damaged_checkpoints(trained: rookery.Run, tmp_path: Path) -> None:
+    path = copy_of(trained, tmp_path / "run")
+    [step] = rookery.load(path).checkpoints.steps()
+    tensors = rookery.load(path).checkpoints.path(step) / "tensors.safetensors"
+    data = bytearray(tensors.read_bytes())
+    data[-10] ^= 1
+    tensors.write_bytes(data)
+    run = rookery.load(path)
+    with (
+        pytest.warns(RuntimeWarning, match="is damaged"),
+        pytest.raises(CheckpointError, match="no readable checkpoint"),
+    ):
+        run.evaluate(2)
+    with (
+        pytest.warns(RuntimeWarning, match="is damaged"),
+        pytest.raises(CheckpointError, match="no readable checkpoint"),
+    ):
+        rookery.resume(path, quiet=True)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"run": 3, "recorder": {}, "steps": 96, "seconds": 1.0},
+        {"run": {"roles": {}}, "recorder": {}, "steps": 96, "seconds": 1.0},
+        {"run": {"roles": {"learner_0": {"net": {"a": torch.ones(3)}}}}, "recorder": {}, "steps": 96, "seconds": 1.0},
+    ],
+    ids=["nothing", "number", "no learner", "another network"],
+)
+def test_a_checkpoint_of_something_else(state: dict[str, Any], trained: rookery.Run, tmp_path: Path) -> None:
+    """Written by our own code, with right checksums, and still no state of this run."""
+    path = copy_of(trained, tmp_path / "run")
+    rookery.load(path).checkpoints.save(10**6, state)
+    with pytest.raises(CheckpointError, match="is no run's|do not fit its network"):
+        rookery.load(path).evaluate(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": {"stepps": 3}}, r"stepps: no setting of Options; nearest: steps"),
+        ({"options": {"steps": "many"}}, r"steps='many' is not of type int"),
+        ({"options": {"steps": -5}}, r"steps=-5 is too small"),
+        ({"options": []}, r"has no usable 'options'"),
+        ({"options": None}, r"has no usable 'options'"),
+        ({"algorithm": {"lr": [1]}}, r"lr=\(1,\) is not of type float"),
+        ({"algorithm": {"lrr": 1.0}}, r"lrr: no setting of PPO; nearest: lr"),
+        ({"algorithm": "PPO"}, r"has no usable 'algorithm'"),
+        ({"system": "pppo"}, r"no system 'pppo'; nearest: ppo"),
+        ({"system": 3}, r"has no usable 'system'"),
+        ({"env": "CartPoel-v1"}, r"no backend has an environment 'CartPoel-v1'"),
+        ({"env": ["a"]}, r"has no usable 'env'"),
+        ({"own": 1}, r"has no usable 'own'"),
+        ({"algorithm": {"hidden": [16]}}, r"do not fit its network"),
+    ],
+    ids=lambda value: json.dumps(value)[:30] if isinstance(value, dict) else "",
+)
+def test_a_config_that_was_tampered_with(
+    change: dict[str, Any], message: str, trained: rookery.Run, tmp_path: Path
+) -> None:
+    path = copy_of(trained, tmp_path / "run")
+    config = json.loads((path / "config.json").read_text())
+    for name, value in change.items():
+        merged = isinstance(value, dict) and isinstance(config[name], dict)
+        config[name] = {**config[name], **value} if merged else value
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ValueError, RunFolderError, CheckpointError), match=message) as caught:
+        rookery.load(path).evaluate(2)
+    assert not isinstance(caught.value, json.JSONDecodeError)
+
+
+def test_a_config_that_is_no_json(trained: rookery.Run, tmp_path: Path) -> None:
+    path = copy_of(trained, tmp_path / "run")
+    (path / "config.json").write_text("{")
+    with pytest.raises(RunFolderError, match="config.json cannot be read"):
+        rookery.load(path)
+    with pytest.raises(RunFolderError, match="is no folder"):
+        rookery.load(tmp_path / "nowhere")
+
+
+def test_options_are_frozen_and_round_trip(trained: rookery.Run) -> None:
+    options = rookery.Options(**{**RUN, "env_options": ("a=1", "b=x", 'c={"d": [1]}')})
+    assert options.env_settings == {"a": 1, "b": "x", "c": {"d": [1]}}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.steps = 3
