@@ -7,8 +7,9 @@ import difflib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rookery.train import Run
@@ -64,7 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, RuntimeError, TypeError, OSError) as error:
         if traceback:
             raise
-        print(f"rookery: {' '.join(str(error).split())}", file=sys.stderr)
+        sentence, cut, _ = str(error).partition("\nTraceback ")
+        hint = " (--traceback shows where)" if cut else ""
+        print(f"rookery: {' '.join(sentence.split())}{hint}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
@@ -91,12 +94,11 @@ def train(words: list[str]) -> None:
 
 def resume(words: list[str]) -> None:
     """`rookery resume RUN [--steps N] [--quiet]`."""
-    import tyro
 
-    def arguments(run: Annotated[Path, tyro.conf.Positional], steps: int | None = None, quiet: bool = False) -> Any:
+    def arguments(run: Path, steps: int | None = None, quiet: bool = False) -> Any:
         return run, steps, quiet
 
-    run, steps, quiet = tyro.cli(arguments, args=words, prog="rookery resume")
+    run, steps, quiet = _parse(arguments, "resume", words)
     from rookery.train import resume as go_on
 
     _finish(go_on(run, steps=steps, quiet=quiet))
@@ -104,10 +106,9 @@ def resume(words: list[str]) -> None:
 
 def evaluate(words: list[str]) -> None:
     """`rookery eval RUN [--episodes N] [--json] [--which latest|best]`."""
-    import tyro
 
     def arguments(
-        run: Annotated[Path, tyro.conf.Positional],
+        run: Path,
         episodes: int = 20,
         seed: int = 1,
         which: Literal["latest", "best"] = "latest",
@@ -115,7 +116,7 @@ def evaluate(words: list[str]) -> None:
     ) -> Any:
         return run, episodes, seed, which, json
 
-    run, episodes, seed, which, as_json = tyro.cli(arguments, args=words, prog="rookery eval")
+    run, episodes, seed, which, as_json = _parse(arguments, "eval", words)
     from rookery.train import load
 
     found = load(run).evaluate(episodes, seed, which)
@@ -128,12 +129,11 @@ def evaluate(words: list[str]) -> None:
 
 def video(words: list[str]) -> None:
     """`rookery video RUN`."""
-    import tyro
 
-    def arguments(run: Annotated[Path, tyro.conf.Positional], steps: int = 1000, seed: int = 1) -> Any:
+    def arguments(run: Path, steps: int = 1000, seed: int = 1) -> Any:
         return run, steps, seed
 
-    run, steps, seed = tyro.cli(arguments, args=words, prog="rookery video")
+    run, steps, seed = _parse(arguments, "video", words)
     from rookery.train import load
 
     print(load(run).record_video(steps, seed))
@@ -141,12 +141,11 @@ def video(words: list[str]) -> None:
 
 def plot(words: list[str]) -> None:
     """`rookery plot RUN ... [--out FILE]`."""
-    import tyro
 
-    def arguments(runs: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path = Path("comparison.png")) -> Any:
+    def arguments(runs: tuple[Path, ...], out: Path = Path("comparison.png")) -> Any:
         return runs, out
 
-    runs, out = tyro.cli(arguments, args=words, prog="rookery plot")
+    runs, out = _parse(arguments, "plot", words)
     from rookery.runs.plots import plot_run, plot_runs
 
     if not runs:
@@ -182,6 +181,13 @@ def check_env(words: list[str]) -> None:
     print(report)
     if not report.ok:
         sys.exit(1)
+
+
+def _parse(arguments: Callable[..., Any], verb: str, words: list[str]) -> Any:
+    """What the function makes of the words; its arguments without a default stand before the flags."""
+    import tyro
+
+    return tyro.cli(arguments, args=words, prog=f"rookery {verb}", config=(tyro.conf.PositionalRequiredArgs,))
 
 
 def _finish(run: Run) -> None:

@@ -120,6 +120,7 @@ class Copies:
 
     def __init__(self, env: Any) -> None:
         self.env, self.__name__ = env, type(env).__name__
+        self()  # what cannot be copied says so here
 
     def __call__(self, **_: Any) -> Any:
         try:

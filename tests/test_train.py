@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -77,7 +78,7 @@ def test_a_policy_acts(trained: rookery.Run) -> None:
 
 def test_the_public_function_stays_a_function(trained: rookery.Run) -> None:
     """Importing the module of the same name must not put the module in its place."""
-    import rookery.train  # noqa: F401
+    import rookery.train
 
     assert callable(rookery.train)
     rookery.load(trained.path)
@@ -188,13 +189,15 @@ def test_an_object_gives_each_lane_its_own_copy(tmp_path: Path) -> None:
     env.reset(seed=0)
     run = train(tmp_path / "run", env, envs=4)
     assert env.steps == 0
-    assert len(set(run.evaluate(8).returns)) >= 1
+    assert run.evaluate(8).lengths == [10] * 8
 
 
 def test_an_object_that_cannot_be_copied_is_refused(tmp_path: Path) -> None:
     env = Coin()
     env.lock = threading.Lock()
-    with pytest.raises(ValueError, match="this Coin cannot be copied .* hand in its class or a function that makes it"):
+    with pytest.raises(
+        ValueError, match=r"this Coin cannot be copied .* hand in its class or a function that makes it"
+    ):
         train(tmp_path / "run", env)
 
 
@@ -333,7 +336,7 @@ def test_a_folder_that_cannot_be_written_by_others(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="cannot be written.*name a folder that can"):
+    with pytest.raises(RunFolderError, match=r"cannot be written.*name a folder that can"):
         train(Path(where))
 
 
@@ -353,18 +356,18 @@ def survivor(path: Path, env: Any = None) -> rookery.Run:
     ("fault", "message"),
     [
         ("raise", r"ZeroDivisionError: the wheel came off"),
-        ("nan", r"(?i)nan"),
-        ("reward", r"(?i)reward.*nan"),
+        ("nan", r"observation.*nan"),
+        ("reward", r"reward.*nan"),
         ("shape", r"shape"),
     ],
 )
 def test_an_environment_that_fails_midway(fault: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
     with pytest.raises(RoleError, match=rf"actor 0 failed: .*lane \d, step \d+: .*{message}") as caught:
-        train(path, lambda: Coin(fault), steps=1000)
+        train(path, lambda: Coin(fault), steps=1000, eval_every=64)
     assert isinstance(caught.value.__cause__, EnvError)
     run = survivor(path, Coin)
-    assert run.checkpoints.steps()[-1] >= 32
+    assert run.checkpoints.steps()[-1] >= 64
     assert len(run.evaluate(2).returns) == 2
     rows = (path / "metrics.jsonl").read_text().splitlines()
     assert len(rows) >= 2
@@ -372,7 +375,7 @@ def test_an_environment_that_fails_midway(fault: str, message: str, tmp_path: Pa
 
 
 class BadVector(CartPole):
-    """A user's vector environment that nothing checks, and whose lane 2 goes wrong at step 10."""
+    """A user's vector environment that nothing checks, and whose lane 2 goes wrong at step 6."""
 
     id = "BadVector-v0"
     calls = 0
@@ -380,16 +383,19 @@ class BadVector(CartPole):
 
     def step(self, action: Obs) -> Step:
         step, self.calls = super().step(action), self.calls + 1
-        if self.calls == 10 and self.fault == "nan":
+        if self.calls == 6 and self.fault == "nan":
             step.obs[2, 1] = float("nan")
-        if self.calls == 10 and self.fault == "reward":
+        if self.calls == 6 and self.fault == "reward":
             step.reward[2] = float("inf")
-        if self.calls >= 10 and self.fault == "shape":
+        if self.calls >= 6 and self.fault == "shape":
             return step._replace(obs=step.obs[:, :3])
         return step
 
 
-@pytest.mark.parametrize(("fault", "message"), [("nan", "obs|value"), ("reward", "advantage"), ("shape", "obs|shape")])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("nan", "the batch's obs is not"), ("reward", "the batch's advantage is not"), ("shape", "actor 0 failed")],
+)
 def test_a_vector_environment_that_nothing_checks(fault: str, message: str, tmp_path: Path) -> None:
     env = BadVector(4)
     env.fault = fault
@@ -399,29 +405,28 @@ def test_a_vector_environment_that_nothing_checks(fault: str, message: str, tmp_
     survivor(path, CartPole(4))
 
 
-@pytest.mark.parametrize("settings", [{"lr": 1e30}, {"lr": 1e18, "max_grad_norm": None}])
-def test_weights_that_explode(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_weights_that_explode(tmp_path: Path) -> None:
     path = tmp_path / "run"
     with pytest.raises(
         RoleError, match=r"learner 0 failed: .* is not finite at update \d+ .*; the run stops"
     ) as caught:
-        train(path, **settings, steps=2000)
+        train(path, lr=1e30)
     assert isinstance(caught.value.__cause__, NonFinite)
     survivor(path).evaluate(2)
 
 
 @dataclass(frozen=True)
 class NanPPO(PPO):
-    """Its loss is NaN from a third of the run on."""
+    """Its loss is NaN from half of the run on."""
 
     def loss(self, net: Any, target: None, batch: Batch, remaining: Tensor) -> Loss:
         loss = super().loss(net, target, batch, remaining)
-        return loss._replace(loss=torch.where(remaining < 0.5, loss.loss * float("nan"), loss.loss))
+        return loss._replace(loss=loss.loss * torch.where(remaining < 0.5, float("nan"), 1.0))
 
 
 def test_a_loss_that_becomes_nan(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    with pytest.raises(RoleError, match="learner 0 failed: the gradient of .* is not finite") as caught:
+    with pytest.raises(RoleError, match=r"learner 0 failed: the gradient of .* is not finite") as caught:
         train(path, system=NanPPO(**LEARN))
     assert isinstance(caught.value.__cause__, NonFinite)
     run = rookery.load(path, algorithm=NanPPO(**LEARN))
@@ -513,9 +518,9 @@ def test_a_signal_stops_after_the_round(
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or an environment that hangs could not be left."""
-    clock = time.monotonic
+    clock, ticks = time.monotonic, itertools.count()
     signalling(monkeypatch, signal.SIGINT, times=2)
-    monkeypatch.setattr(time, "monotonic", lambda ticks=iter(range(10**9)): clock() + 2 * next(ticks))
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 2 * next(ticks))
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run")
     monkeypatch.undo()
@@ -568,7 +573,7 @@ def test_a_checkpoint_of_something_else(state: dict[str, Any], trained: rookery.
     """Written by our own code, with right checksums, and still no state of this run."""
     path = copy_of(trained, tmp_path / "run")
     rookery.load(path).checkpoints.save(10**6, state)
-    with pytest.raises(CheckpointError, match="is no run's|do not fit its network"):
+    with pytest.raises(CheckpointError, match=r"is no run's|do not fit its network"):
         rookery.load(path).evaluate(2)
 
 
@@ -609,7 +614,7 @@ def test_a_config_that_was_tampered_with(
 def test_a_config_that_is_no_json(trained: rookery.Run, tmp_path: Path) -> None:
     path = copy_of(trained, tmp_path / "run")
     (path / "config.json").write_text("{")
-    with pytest.raises(RunFolderError, match="config.json cannot be read"):
+    with pytest.raises(RunFolderError, match=r"config\.json cannot be read"):
         rookery.load(path)
     with pytest.raises(RunFolderError, match="is no folder"):
         rookery.load(tmp_path / "nowhere")

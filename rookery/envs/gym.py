@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import importlib
 import itertools
 import multiprocessing
 import signal
@@ -325,8 +326,13 @@ def _maker(source: Any, lanes: int, workers: int, env_kwargs: dict[str, Any]) ->
 def _registered(id: str) -> gymnasium.envs.registration.EnvSpec:
     if id.startswith("ALE/"):
         _register_atari()
-    if ":" in id:  # "module:Name-v0" imports the module first
-        return gymnasium.spec(id)
+    module, _, name = id.rpartition(":")
+    if module:  # importing the module registers the id
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"{id!r} asks for the module {module!r}, which cannot be imported: {error}.") from error
+        id = name
     if id not in gymnasium.registry:
         near = difflib.get_close_matches(id, list(gymnasium.registry), 3, cutoff=0.3)
         raise ValueError(f"Gymnasium has no environment {id!r}; nearest: {', '.join(near)}.")

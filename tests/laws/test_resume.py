@@ -187,12 +187,15 @@ def test_stopped_in_the_last_round(system: str, whole: Any, stops: Stops, tmp_pa
     assert differences(whole(system), rookery.resume(path, quiet=True)) == []
 
 
+@pytest.mark.parametrize("backend", ["gym", "envpool"])
 def test_an_environment_without_state_begins_episodes_anew(
-    stops: Stops, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    backend: str, stops: Stops, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if backend == "envpool":
+        pytest.importorskip("envpool")
     stops.after(4)
     settings = tiny("ppo", steps=400)
-    first = rookery.train("ppo", "gym:CartPole-v1", run_dir=tmp_path / "run", quiet=True, **settings)
+    first = rookery.train("ppo", f"{backend}:CartPole-v1", run_dir=tmp_path / "run", quiet=True, **settings)
     assert first.interrupted
     reached = first.summary["steps"]
     capsys.readouterr()

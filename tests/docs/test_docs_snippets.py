@@ -1,0 +1,82 @@
+"""The documentation says what is so: its snippets run, its tables of settings are the dataclasses'."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import rookery
+from rookery import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = re.compile(r"^(?P<skip><!-- no test[^\n]*\n\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^rookery (.*?)\s*(?:#.*)?$", re.MULTILINE)
+LEAST, PART = 512, 50  # a budget of N steps becomes N / PART, at least LEAST: a few updates
+
+SETTINGS = {"docs/tour.md": rookery.Options, "docs/systems/ppo.md": rookery.PPO, "docs/systems/a2c.md": rookery.A2C}
+
+
+class Block(NamedTuple):
+    """A fenced block that is to be run."""
+
+    line: int
+    language: str
+    code: str
+
+
+def blocks(page: str) -> list[Block]:
+    """The blocks of Python and of shell commands in a page, without those marked `<!-- no test -->`."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [
+        Block(text.count("\n", 0, found.start("code")), found["language"], found["code"])
+        for found in BLOCK.finditer(text)
+        if found["language"] in ("python", "bash") and not found["skip"]
+    ]
+
+
+def smaller(code: str) -> str:
+    """The same with tiny budgets; the larger of two stays the larger."""
+
+    def tiny(found: re.Match[str]) -> str:
+        return f"{found[1]}{max(LEAST, int(found[2].replace('_', '')) // PART)}"
+
+    return re.sub(r"(\bsteps[= ])([\d_]+)", tiny, code)
+
+
+@pytest.mark.parametrize("page", ["docs/tour.md", "README.md", "docs/index.md"])
+def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the page, in one folder, the Python ones in one namespace."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "snippets"}
+    ran = 0
+    for block in blocks(page):
+        if block.language == "python":
+            exec(compile("\n" * block.line + smaller(block.code), str(ROOT / page), "exec"), namespace)
+            ran += 1
+        for command in COMMAND.findall(block.code) if block.language == "bash" else ():
+            cli.main(shlex.split(smaller(command)))
+            ran += 1
+    assert ran or page == "docs/index.md", "the page has no snippet, or none is found any more"
+
+
+@pytest.mark.parametrize("page", SETTINGS)
+def test_tables_of_settings(page: str) -> None:
+    """Every field has its row, with its default, in the order of the dataclass."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    table = text[text.index("| name | default | meaning |") :].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.MULTILINE)
+    assert rows == [(field.name, shown(field.default)) for field in dataclasses.fields(SETTINGS[page])]
+
+
+def shown(default: Any) -> str:
+    return default[0] if isinstance(default, tuple) and len(default) == 1 else str(default)
+
+
+def test_every_command_is_in_the_tour() -> None:
+    tour = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
+    assert [verb for verb in cli.VERBS if f"rookery {verb} " not in tour] == []
