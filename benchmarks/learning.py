@@ -17,9 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rookery.run import Run, load
 from rookery.runs.metrics import read
 from rookery.runs.plots import plot_runs
-from rookery.train import Run, load, resolve, resume, train
+from rookery.settings import resolve
+from rookery.train import resume, train
 
 __all__ = ["Row", "finished", "main", "read_rows", "score"]
 

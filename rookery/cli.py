@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from rookery.train import Run
+    from rookery.run import Run
 
 __all__ = ["main"]
 
@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(USAGE)
         return
     try:
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # so that `module:Name` finds what lies in this folder
         if verb not in VERBS:
             near = difflib.get_close_matches(verb, VERBS, 1)
             raise ValueError(
@@ -77,7 +79,7 @@ def train(words: list[str]) -> None:
 
     if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
         raise ValueError("train takes a system and an environment, such as `rookery train ppo CartPole-v1`.")
-    from rookery.train import resolve
+    from rookery.settings import resolve
     from rookery.train import train as run_training
 
     system, env = words[:2]
@@ -95,13 +97,13 @@ def train(words: list[str]) -> None:
 def resume(words: list[str]) -> None:
     """`rookery resume RUN [--steps N] [--quiet]`."""
 
-    def arguments(run: Path, steps: int | None = None, quiet: bool = False) -> Any:
-        return run, steps, quiet
+    def arguments(run: Path, steps: int | None = None, env: str | None = None, quiet: bool = False) -> Any:
+        return run, steps, env, quiet
 
-    run, steps, quiet = _parse(arguments, "resume", words)
+    run, steps, env, quiet = _parse(arguments, "resume", words)
     from rookery.train import resume as go_on
 
-    _finish(go_on(run, steps=steps, quiet=quiet))
+    _finish(go_on(run, steps=steps, env=env, quiet=quiet))
 
 
 def evaluate(words: list[str]) -> None:
@@ -112,14 +114,15 @@ def evaluate(words: list[str]) -> None:
         episodes: int = 20,
         seed: int = 1,
         which: Literal["latest", "best"] = "latest",
+        env: str | None = None,
         json: bool = False,
     ) -> Any:
-        return run, episodes, seed, which, json
+        return run, episodes, seed, which, env, json
 
-    run, episodes, seed, which, as_json = _parse(arguments, "eval", words)
-    from rookery.train import load
+    run, episodes, seed, which, env, as_json = _parse(arguments, "eval", words)
+    from rookery.run import load
 
-    found = load(run).evaluate(episodes, seed, which)
+    found = load(run, env=env).evaluate(episodes, seed, which)
     summary = found.summary()
     if as_json:
         print(json.dumps({**summary, "returns": found.returns, "lengths": found.lengths}))
@@ -130,13 +133,13 @@ def evaluate(words: list[str]) -> None:
 def video(words: list[str]) -> None:
     """`rookery video RUN`."""
 
-    def arguments(run: Path, steps: int = 1000, seed: int = 1) -> Any:
-        return run, steps, seed
+    def arguments(run: Path, steps: int = 1000, seed: int = 1, env: str | None = None) -> Any:
+        return run, steps, seed, env
 
-    run, steps, seed = _parse(arguments, "video", words)
-    from rookery.train import load
+    run, steps, seed, env = _parse(arguments, "video", words)
+    from rookery.run import load
 
-    print(load(run).record_video(steps, seed))
+    print(load(run, env=env).record_video(steps, seed))
 
 
 def plot(words: list[str]) -> None:

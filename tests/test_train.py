@@ -625,3 +625,56 @@ def test_options_are_frozen_and_round_trip(trained: rookery.Run) -> None:
     assert options.env_settings == {"a": 1, "b": "x", "c": {"d": [1]}}
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.steps = 3
+
+
+class Broken(CartPole):
+    """A vector environment whose step goes wrong as it was told."""
+
+    wrong = ""
+
+    def step(self, action: torch.Tensor) -> Step:
+        step = super().step(action)
+        if self.wrong == "raises":
+            raise KeyError("physics")
+        if self.wrong == "shape":
+            return step._replace(obs=step.obs[:, :3])
+        obs = step.obs.clone()
+        obs[1] = float("nan")
+        return step._replace(obs=obs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("raises", r"failed at step 1: KeyError: 'physics'"),
+        ("shape", r"at step 1 gave obs of \[2, 3\] torch.float32; its spec says \[2, 4\]"),
+        ("nan", r"at step 1 gave obs that is not finite in lane 1"),
+    ],
+)
+def test_an_own_vector_environment_that_goes_wrong_is_named(tmp_path: Path, wrong: str, message: str) -> None:
+    env = Broken(2)
+    env.wrong, env.spec = wrong, dataclasses.replace(env.spec, backend="own")
+    with pytest.raises(RoleError, match=message):
+        rookery.train(PPO(unroll=4), env, steps=64, run_dir=tmp_path / "run", quiet=True, sinks=())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lr": -1.0}, {"gamma": 2.0}, {"clip": 0.0}, {"hidden": (0,)}, {"entropy_coef": -1.0}]
+)
+def test_a_setting_that_cannot_work_is_refused_when_it_is_made(settings: dict) -> None:
+    (name,) = settings
+    with pytest.raises(Refused, match=name):
+        PPO(**settings)
+
+
+def test_a_run_folder_names_no_module_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_to_import.py").write_text(
+        "import gymnasium\ndef make(**kw):\n    return gymnasium.make('CartPole-v1', **kw)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = rookery.train(
+        "ppo", "mine_to_import:make", steps=64, unroll=8, run_dir=tmp_path / "run", quiet=True, sinks=()
+    )
+    with pytest.raises(ValueError, match=r"its own env; load\(path, env=...\) needs it again"):
+        rookery.load(run.path)
+    assert len(rookery.load(run.path, env="mine_to_import:make").evaluate(2).returns) == 2

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rookery.nn.adam import Adam
 from rookery.nn.policy import PolicyNet
 
 if TYPE_CHECKING:
@@ -80,8 +81,31 @@ class OnPolicy:
             )
 
 
+# Settings by name, and what they have to be.
+POSITIVE = {"lr", "max_grad_norm", "clip", "target_kl", "memory_size"}
+SHARES = {"gamma", "lam"}
+NOT_NEGATIVE = {"value_coef", "entropy_coef"}
+
+
 class Algorithm:
-    """Base of every algorithm. Subclasses are frozen dataclasses; their fields are the settings and the flags."""
+    """Base of every algorithm. Subclasses are frozen dataclasses; their fields are the settings and the flags.
+
+    Raises:
+        Refused: when it is made with a setting that cannot work.
+    """
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is None:
+                continue
+            if name in POSITIVE and not value > 0:
+                raise Refused(f"{name}={value} has to be above 0.")
+            if name in SHARES and not 0 <= value <= 1:
+                raise Refused(f"{name}={value} has to be between 0 and 1.")
+            if name in NOT_NEGATIVE and not value >= 0:
+                raise Refused(f"{name}={value} has to be 0 or more.")
+            if name == "hidden" and min(value, default=1) < 1:
+                raise Refused(f"hidden={value} has a layer without units; use sizes of 1 or more.")
 
     lr: float  # the optimiser's step size
     max_grad_norm: float | None  # global norm the gradient is clipped to
@@ -115,9 +139,9 @@ class Algorithm:
         """Refuse what cannot work with this environment and so many lanes, before anything is built."""
         self.plan.check(lanes)
 
-    def optimizer(self, groups: dict[str, nn.Parameter], lr: Tensor) -> torch.optim.Optimizer:
+    def optimizer(self, groups: dict[str, nn.Parameter], lr: Tensor) -> Adam | torch.optim.Optimizer:
         """The one optimiser, over one flat parameter a group; `lr` is a 0-d tensor the learner anneals in place."""
-        return torch.optim.Adam(groups.values(), lr=lr, eps=1e-5, fused=True)
+        return Adam(groups.values(), lr, eps=1e-5)
 
     def learning_rate(self, remaining: float) -> float:
         """Step size with `remaining` (1 to 0) of the run ahead."""
@@ -126,8 +150,7 @@ class Algorithm:
 
 def valid_mean(x: Tensor, valid: Tensor) -> Tensor:
     """Mean over the rows where `valid`; both `[...]`."""
-    weight = valid.to(x.dtype)
-    return (x * weight).sum() / weight.sum().clamp(min=1)
+    return torch.where(valid, x, 0).sum() / valid.sum().clamp(min=1)  # times 0 would let a NaN pass
 
 
 def scaled_reward(net: Any, unroll: Batch) -> Tensor:

@@ -17,7 +17,6 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from tensordict import TensorDict
 from torch import Tensor
 
 from rookery.envs.native import agent_space, lane_seeds, start_of
@@ -201,6 +200,8 @@ class EnvPoolEnv(VectorEnv):
     def _obs(self, values: list[np.ndarray]) -> Obs:
         if len(self._leaves) == 1 and not self._leaves[0].key:
             return self._leaves[0].tensor(values)
+        from tensordict import TensorDict
+
         obs = TensorDict({}, batch_size=[len(values[self._done_at])])
         for leaf in self._leaves:
             obs[leaf.key] = leaf.tensor(values)

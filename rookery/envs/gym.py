@@ -19,7 +19,6 @@ from typing import Any, ClassVar, NoReturn
 import gymnasium
 import numpy as np
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from rookery.envs import gym_worker
@@ -141,6 +140,8 @@ class GymEnv(VectorEnv):
     def _observation(self) -> Obs:
         if len(self._obs) == 1 and not self._obs[0][0]:
             return torch.from_numpy(self._obs[0][1].copy())
+        from tensordict import TensorDict
+
         obs = TensorDict({}, batch_size=[self.lanes])
         for key, array in self._obs:
             obs[key] = torch.from_numpy(array.copy())

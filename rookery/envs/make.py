@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import gymnasium
@@ -13,15 +14,16 @@ from torch import Tensor
 
 from rookery.envs.vector import Obs, Step, VectorEnv
 
-__all__ = ["BACKENDS", "OnDevice", "env_ids", "make_env"]
+__all__ = ["BACKENDS", "OnDevice", "env_ids", "make_env", "pick"]
 
 BACKENDS = ("tensor", "envpool", "gym")
 
-# Lanes from which the tensor backend is the faster one on a CPU. Measured 2026-11-21 on one core, torch 2.13, EnvPool
-# 1.2.5 with one thread, µs a step of all lanes (tensor / envpool): CartPole 70/53 at 8 lanes, 72/71 at 32, 74/96 at 64,
-# 82/240 at 256, 114/818 at 1,024; MountainCar 94/93 at 64; Pendulum 111/101 at 64, 113/147 at 128; Acrobot, whose
-# Runge-Kutta steps are many operations, 417/122 at 64, 434/200 at 128. (Gymnasium in place: CartPole 21 at 1, 77 at 8.)
-TENSOR_FROM = {"CartPole-v1": 64, "MountainCar-v0": 64, "Acrobot-v1": 512}
+# Lanes from which the tensor backend is no slower on a CPU, and EnvPool takes a second to import. Measured 2026-11-21
+# on one core, torch 2.13, EnvPool 1.2.5 with one thread, µs a step of all lanes (tensor / envpool): CartPole 70/53 at
+# 8 lanes, 72/71 at 32, 74/96 at 64, 82/240 at 256, 114/818 at 1,024; MountainCar 94/93 at 64; Pendulum 111/101 at 64,
+# 113/147 at 128; Acrobot, whose Runge-Kutta steps are many operations, 417/122 at 64, 434/200 at 128. (Gymnasium in
+# place: CartPole 21 at 1, 77 at 8.)
+TENSOR_FROM = {"CartPole-v1": 32, "MountainCar-v0": 64, "Acrobot-v1": 512}
 TENSOR_FROM_ELSE = 128
 
 NO_LIMIT = {"envpool": 2**31 - 1, "gym": -1}  # max_episode_steps that never truncates
@@ -37,8 +39,9 @@ def make_env(
     """Make `envs` lanes of an environment, without transforms.
 
     Args:
-        id: an id, with `tensor:`, `envpool:` or `gym:` before it to force that backend; or a Gymnasium environment, a
-            class or function that makes one; or a VectorEnv, which is returned as it is.
+        id: an id, with `tensor:`, `envpool:` or `gym:` before it to force that backend; or `module:Name`, a class or
+            function to import; or a Gymnasium environment, a class or function that makes one; or a VectorEnv, which
+            is returned as it is.
         envs: lanes.
         device: where observations arrive. Only tensor environments also run there; the others' are copied.
         seed: of the first episodes and all that follow.
@@ -53,9 +56,12 @@ def make_env(
     device = torch.device(device)
     if not isinstance(id, str):
         return _on(device, _own(id, envs, seed, **kwargs))
-    backend, _, name = id.partition(":")
-    if backend not in BACKENDS:
-        backend, name = _fastest(id, envs, device), id
+    backend, _, name = pick(id, envs, device).partition(":")
+    if backend not in BACKENDS:  # `module:Name`, which importing the module makes, or registers with Gymnasium
+        own = _imported(id)
+        if own is not None:
+            return _on(device, _own(own, envs, seed, **kwargs))
+        backend, name = "gym", id
     if backend == "tensor":
         from rookery.envs.tensor import make_tensor_env
 
@@ -73,6 +79,15 @@ def make_env(
     from rookery.envs.gym import GymEnv
 
     return _on(device, GymEnv(name, envs, seed, **kwargs))
+
+
+def pick(id: str, lanes: int, device: torch.device | str = "cpu") -> str:
+    """The id with the fastest backend for so many lanes before it; as it is where it names one itself, or a module.
+
+    Raises:
+        ValueError: for an id that no backend has; names the nearest.
+    """
+    return id if ":" in id else f"{_fastest(id, lanes, torch.device(device))}:{id}"
 
 
 def env_ids(backend: str | None = None) -> list[str]:
@@ -94,6 +109,19 @@ def env_ids(backend: str | None = None) -> list[str]:
     raise ValueError(f"backend={backend!r} is none of {', '.join(BACKENDS)}.")
 
 
+def _imported(id: str) -> Any:
+    """What `module:Name` names, if it is a class or function; None for ids that a module registers with Gymnasium."""
+    module, _, name = id.partition(":")
+    if not name.isidentifier() or "/" in module:
+        return None
+    try:
+        return getattr(import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(
+            f"the module of {id!r} cannot be imported: {error}; run where it is, or install it."
+        ) from error
+
+
 def _own(source: gymnasium.Env | Callable[..., gymnasium.Env], lanes: int, seed: int, **kwargs: Any) -> VectorEnv:
     from rookery.envs.gym import GymEnv
 
@@ -105,21 +133,15 @@ def _own(source: gymnasium.Env | Callable[..., gymnasium.Env], lanes: int, seed:
 
 
 def _fastest(id: str, lanes: int, device: torch.device) -> str:
+    few = device.type == "cpu" and lanes < TENSOR_FROM.get(id, TENSOR_FROM_ELSE)
+    if id in env_ids("tensor") and not few:
+        return "tensor"  # without a look at EnvPool, which takes a second to import
     having = [backend for backend in BACKENDS if id in env_ids(backend)]
     if not having:
-        if ":" in id and "/" not in id.partition(":")[0]:
-            return "gym"  # "module:Name-v0": Gymnasium imports the module, which registers the id
         known = env_ids()
         near = difflib.get_close_matches(id, known, 3, cutoff=0.4) or difflib.get_close_matches(id, known, 3, 0.0)
         raise ValueError(f"no backend has an environment {id!r}; nearest: {', '.join(near)}.")
-    if (
-        "tensor" in having
-        and len(having) > 1
-        and device.type == "cpu"
-        and lanes < TENSOR_FROM.get(id, TENSOR_FROM_ELSE)
-    ):
-        having.remove("tensor")
-    return having[0]
+    return next((backend for backend in having if backend != "tensor"), "tensor")
 
 
 def _on(device: torch.device, env: VectorEnv) -> VectorEnv:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from gymnasium import spaces
-from tensordict import TensorDict
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 __all__ = ["EnvSpec", "Leaf", "dtype_of", "example", "leaves", "mask_of"]
 
@@ -68,6 +71,8 @@ def example(space: spaces.Space, lanes: int, device: torch.device | str = "cpu")
     found = leaves(space)
     if () in found:
         return torch.zeros((lanes, *(found[()].shape or ())), dtype=dtype_of(found[()]), device=device)
+    from tensordict import TensorDict
+
     result = TensorDict({}, batch_size=[lanes], device=device)
     for key, leaf in found.items():
         result[key] = torch.zeros((lanes, *(leaf.shape or ())), dtype=dtype_of(leaf), device=device)

@@ -10,18 +10,20 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from tensordict import TensorDict
 from torch import Tensor
 
-from rookery.envs.spec import dtype_of, leaves
-from rookery.envs.vector import Obs, Step, VectorEnv
+from rookery.envs.spec import dtype_of, example, leaves
+from rookery.envs.vector import EnvError, Obs, Step, VectorEnv
 
-__all__ = ["ClipReward", "FrameStack", "RescaleAction", "ScaleReward", "Transform", "transform"]
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+
+__all__ = ["Checked", "ClipReward", "FrameStack", "RescaleAction", "ScaleReward", "Transform", "transform"]
 
 RAW_REWARD = "raw_reward"  # in Step.info: the reward before any transform
 INNER = "env."  # before the names of the wrapped environment's state, where a transform has state of its own
@@ -107,6 +109,52 @@ class Transform(VectorEnv):
 
     def close(self) -> None:
         self.env.close()
+
+
+class Checked(Transform):
+    """For environments that are not ours: refuses what cannot be trained on, and names the lane and the step.
+
+    Raises:
+        EnvError: if the environment raises, or gives a wrong shape or dtype, or a NaN or an infinity.
+    """
+
+    def __init__(self, env: VectorEnv) -> None:
+        super().__init__(env)
+        self._wanted = example(env.spec.obs_space, env.lanes, env.device)
+        self._steps = 0
+
+    def reset(self, seed: int | None = None) -> Obs:
+        self._steps = 0
+        return self._checked("obs", self.env.reset(seed), self._wanted)
+
+    def step(self, action: Obs) -> Step:
+        self._steps += 1
+        try:
+            step = self.env.step(action)
+        except Exception as error:  # whatever a user's environment raises
+            raise EnvError(f"{self.spec.id} failed at step {self._steps}: {type(error).__name__}: {error}") from error
+        self._checked("obs", step.obs, self._wanted)
+        floats = torch.zeros(self.lanes, device=self.device)
+        self._checked("reward", step.reward, floats)
+        for name in ("terminated", "truncated", "valid"):
+            self._checked(name, getattr(step, name), floats.bool())
+        return step
+
+    def _checked(self, name: str, got: Obs, wanted: Obs) -> Obs:
+        if not isinstance(wanted, Tensor):
+            for key in wanted.keys(include_nested=True, leaves_only=True):
+                self._checked(f"{name} {key}", got.get(key, None), wanted[key])  # type: ignore[union-attr, arg-type]
+            return got
+        where = f"{self.spec.id} at step {self._steps}"
+        if not isinstance(got, Tensor) or got.shape != wanted.shape or got.dtype != wanted.dtype:
+            seen = f"{list(got.shape)} {got.dtype}" if isinstance(got, Tensor) else type(got).__name__
+            raise EnvError(f"{where} gave {name} of {seen}; its spec says {list(wanted.shape)} {wanted.dtype}.")
+        if got.is_floating_point() and not torch.isfinite(got).all():
+            lane = int((~torch.isfinite(got)).reshape(self.lanes, -1).any(1).nonzero()[0])
+            raise EnvError(
+                f"{where} gave {name} that is not finite in lane {lane}: {got[lane].flatten()[:8].tolist()}."
+            )
+        return got
 
 
 class FrameStack(Transform):

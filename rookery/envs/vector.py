@@ -8,18 +8,22 @@ the new episode's first observation, reward 0 and `valid` False.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from rookery.envs.spec import EnvSpec
 
 __all__ = ["EnvError", "Obs", "Step", "VectorEnv"]
 
-Obs = Tensor | TensorDict  # [B, ...], or a nested TensorDict of batch size [B]
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+
+    Obs = Tensor | TensorDict  # [B, ...], or a nested TensorDict of batch size [B]
+else:
+    Obs = Any  # tensordict takes a second to import (it takes torch._dynamo along), and only structures need it
 
 
 class EnvError(RuntimeError):

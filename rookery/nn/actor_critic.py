@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from rookery.envs.spec import MASK, EnvSpec, example, leaves, mask_of
@@ -17,9 +16,12 @@ from rookery.nn.init import init_linear
 from rookery.nn.norm import NormObs, RunningNorm
 from rookery.nn.policy import PolicyNet
 
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+
 __all__ = ["ActorCritic", "ActorCriticOutput"]
 
-Obs = Tensor | TensorDict
+Obs: TypeAlias = "Tensor | TensorDict"
 Network = nn.Module | Callable[[EnvSpec], nn.Module]
 
 

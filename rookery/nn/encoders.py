@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rookery.envs.spec import MASK, Leaf, dtype_of, leaves
 from rookery.nn.init import GAINS, init_linear
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 __all__ = [
     "MLP",

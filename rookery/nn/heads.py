@@ -11,17 +11,19 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rookery.envs.spec import Leaf, leaves
 from rookery.nn.init import init_linear
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 __all__ = [
     "Bernoulli",
@@ -36,7 +38,7 @@ __all__ = [
     "make_head",
 ]
 
-Mask = Tensor | TensorDict | None
+Mask: TypeAlias = "Tensor | TensorDict | None"
 Shape = tuple[int, ...]
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -501,6 +503,8 @@ def _total(terms: list[Tensor]) -> Tensor:
 
 
 def _structured(actions: dict[tuple[str, ...], Tensor], batch: torch.Size) -> TensorDict:
+    from tensordict import TensorDict
+
     result = TensorDict({}, batch_size=batch)
     for key, action in actions.items():
         result[key] = action

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from gymnasium import spaces
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from rookery.envs.spec import MASK, dtype_of, leaves
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 __all__ = ["NormObs", "RunningNorm"]
 

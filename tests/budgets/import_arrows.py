@@ -32,8 +32,21 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "evaluator": FOUNDATION,
     "topologies": (*COMMON_USE, *FOUNDATION, "runtimes"),
     "systems": ("topologies", "algorithms", "recipes"),
-    "train": ("systems", "topologies", *COMMON_USE, *FOUNDATION, "recipes", "runs", "runtimes"),
-    "cli": ("train", "systems", "topologies", *COMMON_USE, *FOUNDATION, "recipes", "runs", "runtimes"),
+    "settings": ("systems", *FOUNDATION),
+    "run": ("settings", "systems", "evaluator", *FOUNDATION, "runs"),
+    "train": ("run", "settings", "systems", "topologies", *COMMON_USE, *FOUNDATION, "runs", "runtimes"),
+    "cli": (
+        "train",
+        "run",
+        "settings",
+        "systems",
+        "topologies",
+        *COMMON_USE,
+        *FOUNDATION,
+        "recipes",
+        "runs",
+        "runtimes",
+    ),
 }
 ROOT = ""  # the package itself: the public API, which may import anything, and nobody imports but for the version
 FREE_NAMES = ("rookery.__version__",)

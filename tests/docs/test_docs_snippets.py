@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +16,9 @@ import rookery
 from rookery import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCK = re.compile(r"^(?P<skip><!-- no test[^\n]*\n\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^(?P<skip><!-- no test[^\n]*\n\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 COMMAND = re.compile(r"^rookery (.*?)\s*(?:#.*)?$", re.MULTILINE)
 LEAST, PART = 512, 50  # a budget of N steps becomes N / PART, at least LEAST: a few updates
 
@@ -52,11 +56,13 @@ def smaller(code: str) -> str:
 def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the page, in one folder, the Python ones in one namespace."""
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": "snippets"}
+    module = ModuleType("snippets")
+    monkeypatch.setitem(sys.modules, "snippets", module)  # dataclasses look for the module of their class
     ran = 0
     for block in blocks(page):
         if block.language == "python":
-            exec(compile("\n" * block.line + smaller(block.code), str(ROOT / page), "exec"), namespace)
+            code = "\n" * block.line + smaller(block.code)
+            exec(compile(code, str(ROOT / page), "exec", dont_inherit=True), module.__dict__)
             ran += 1
         for command in COMMAND.findall(block.code) if block.language == "bash" else ():
             cli.main(shlex.split(smaller(command)))

@@ -1,5 +1,8 @@
 """make_env picks backends, names what is near, and the backends agree about an id's dynamics."""
 
+import subprocess
+import sys
+
 import gymnasium
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ import torch
 from gymnasium import spaces
 
 from rookery.envs.gym import GymEnv
-from rookery.envs.make import TENSOR_FROM, OnDevice, env_ids, make_env
+from rookery.envs.make import TENSOR_FROM, OnDevice, env_ids, make_env, pick
 from rookery.envs.vector import VectorEnv
 
 
@@ -150,3 +153,17 @@ def test_same_dynamics_as_gymnasium(id, lanes, steps, envpool):
     for a, b in ((ours, theirs), (ours_length, theirs_length)):
         error = np.sqrt(a.var() / len(a) + b.var() / len(b))
         assert abs(a.mean() - b.mean()) <= 4 * error + 1e-6, (a.mean(), b.mean(), error)
+
+
+def test_pick_says_which_backend_make_env_takes(envpool):
+    assert pick("CartPole-v1", 8) == "envpool:CartPole-v1"
+    assert pick("CartPole-v1", TENSOR_FROM["CartPole-v1"]) == "tensor:CartPole-v1"
+    for named in ("gym:CartPole-v1", "gymnasium.envs.classic_control:CartPoleEnv", "some_module:Name-v0"):
+        assert pick(named, 1000) == named
+    with pytest.raises(ValueError, match=r"no backend .* 'CartPol-v1'; nearest: CartPole"):
+        pick("CartPol-v1", 8)
+
+
+def test_a_backend_for_many_lanes_is_picked_without_importing_envpool():
+    words = "import sys; from rookery.envs.make import pick; pick('CartPole-v1', 64); print('envpool' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words], capture_output=True, text=True).stdout.strip() == "False"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import rookery
+from rookery.run import Run
 from rookery.systems import SYSTEMS
-from rookery.train import Run
 
 ROWS = tomllib.loads((Path(__file__).parents[2] / "benchmarks" / "learning.toml").read_text())["row"]
 

@@ -1,0 +1,287 @@
+"""A run and its folder: what it was made of, what it learnt, and how it is brought back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rookery.algorithms.base import Algorithm, Network, PolicyNet
+from rookery.envs.make import BACKENDS, make_env, pick
+from rookery.envs.spec import EnvSpec
+from rookery.envs.transforms import Checked, transform
+from rookery.envs.vector import Obs, VectorEnv
+from rookery.evaluator import Evaluation, Evaluator
+from rookery.runs.checkpoint import CheckpointError, Checkpoints
+from rookery.runs.folder import RunFolder, RunFolderError
+from rookery.settings import EnvLike, Options, as_dataclass
+from rookery.systems import find
+
+__all__ = ["MakeEnv", "MakeNet", "Policy", "Run", "build", "evaluate", "load", "threads"]
+
+
+@dataclass(frozen=True)
+class MakeEnv:
+    """How every role makes its own lanes; data, so that it can cross to another process."""
+
+    env: EnvLike
+    options: Options
+
+    def __call__(self, lanes: int, seed: int, **more: Any) -> VectorEnv:
+        options, env = self.options, self.env
+        if isinstance(env, VectorEnv):
+            env = Copies(env)()
+            env.reset(seed)
+            env = env if env.spec.backend in BACKENDS else Checked(env)
+        elif not isinstance(env, str) and not callable(env):
+            env = Copies(env)
+        device = "cpu" if options.device == "auto" else options.device
+        if isinstance(env, str):
+            env = pick(env, options.envs, device)  # whatever the lanes, the backend that is trained on
+        made = make_env(env, lanes, device, seed, **options.env_settings, **more)
+        return transform(made, frame_stack=options.frame_stack or None, clip_reward=options.clip_reward)
+
+
+class Copies:
+    """Makes copies of a user's environment object, which has one stream of episodes: each lane or role has its own."""
+
+    def __init__(self, env: Any) -> None:
+        self.env, self.__name__ = env, type(env).__name__
+        self()  # what cannot be copied says so here
+
+    def __call__(self, **_: Any) -> Any:
+        try:
+            return copy.deepcopy(self.env)
+        except Exception as error:  # whatever the object's parts raise
+            raise ValueError(
+                f"this {self.__name__} cannot be copied ({error}); hand in its class or a function that makes it."
+            ) from error
+
+
+@dataclass(frozen=True)
+class MakeNet:
+    """How every role makes its own copy of the network; the global random generator is left alone."""
+
+    algorithm: Algorithm
+    spec: EnvSpec
+    network: Network | None
+    seed: int
+    device: str
+
+    def __call__(self) -> PolicyNet:
+        network = copy.deepcopy(self.network) if isinstance(self.network, torch.nn.Module) else self.network
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return self.algorithm.networks(self.spec, network).to(self.device)
+
+
+class Policy:
+    """A trained network that chooses actions.
+
+    `action, state = policy(obs, state)`: obs `[B, ...]` as the environment gives them; begin with
+    `state = policy.initial_state(B)`, which is empty without memory. Actions on a bounded box are in [-1, 1].
+    """
+
+    def __init__(self, algorithm: Algorithm, net: PolicyNet) -> None:
+        self.algorithm, self.net = algorithm, net.requires_grad_(False)
+
+    def initial_state(self, lanes: int) -> Tensor:
+        return self.net.initial_state(lanes, next(self.net.parameters()).device)
+
+    @torch.no_grad()
+    def __call__(
+        self, obs: Obs, state: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Obs, Tensor]:
+        """The greedy action for each lane; with a generator, a sampled one."""
+        lanes = obs.shape[0]
+        state = self.initial_state(lanes) if state is None else state
+        noise = None if generator is None else self.net.draw((lanes,), generator)
+        action, _, state = self.algorithm.act(self.net, obs, state, noise)
+        return action, state
+
+
+class Run:
+    """A run and its folder: what it learnt, and what it wrote down."""
+
+    def __init__(self, folder: RunFolder, algorithm: Algorithm, make_env: MakeEnv, make_net: MakeNet) -> None:
+        self.folder, self.algorithm, self._make_env, self._make_net = folder, algorithm, make_env, make_net
+        self.checkpoints = Checkpoints(folder.checkpoints)
+        self.signal: int | None = None  # the number of the one that interrupted it
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal stopped this call before the budget was used up."""
+        return self.signal is not None
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.folder.path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every setting as it was resolved, and the versions."""
+        return self.folder.read_config()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The contents of summary.json."""
+        return self.folder.read_summary()
+
+    def net(self, which: Literal["latest", "best"] = "latest") -> PolicyNet:
+        """The network with the weights of the newest checkpoint, or of the best evaluated one."""
+        net = self._make_net()
+        try:
+            net.load_state_dict(self.saved(which)["run"]["roles"]["learner_0"]["net"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"The checkpoints of {self.path} do not fit its network: {error}.") from error
+        return net
+
+    def saved(self, which: Literal["latest", "best"] = "latest") -> dict[str, Any]:
+        """The state in the newest checkpoint, or in the best evaluated one."""
+        _, state = self.checkpoints.latest() if which == "latest" else self.checkpoints.best()
+        missing = {"run", "recorder", "steps", "seconds"} - state.keys()
+        if missing:
+            raise CheckpointError(f"The checkpoint in {self.folder.checkpoints} is no run's: {missing} is not in it.")
+        return state
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of the newest checkpoint."""
+        return Policy(self.algorithm, self.net())
+
+    def evaluate(self, episodes: int = 20, seed: int = 1, which: Literal["latest", "best"] = "latest") -> Evaluation:
+        """Play greedy episodes with the weights of a checkpoint, on up to 64 lanes."""
+        lanes = next(lanes for lanes in range(min(episodes, 64), 0, -1) if episodes % lanes == 0)
+        with threads(self._make_env.options.threads), closing(self._make_env(lanes, seed)) as env:
+            return self._evaluator(env, seed, which).play(episodes)
+
+    def _evaluator(self, env: VectorEnv, seed: int, which: Literal["latest", "best"] = "latest") -> Evaluator:
+        bf16 = self._make_env.options.precision == "bf16"
+        return Evaluator(self.algorithm, self.net(which), env, seed, bf16=bf16)
+
+    def record_video(self, steps: int = 1000, seed: int = 1) -> Path:
+        """One greedy episode as a video in the run's folder; gives its path."""
+        from rookery.runs.video import write_video
+
+        with closing(self._make_env(1, seed, render=True)) as env:
+            self.folder.video.mkdir(exist_ok=True)
+            step = self.checkpoints.steps()[-1]
+            return write_video(self.folder.video / f"step_{step}", self._evaluator(env, seed).frames(steps))
+
+    def plot(self) -> Path:
+        """Draw the learning curve; gives its path."""
+        from rookery.runs.plots import plot_run
+
+        return plot_run(self.path)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a run folder that `rookery.load` reads, with the settings, the summary and the newest checkpoint."""
+        config = {name: value for name, value in self.config.items() if name != "versions"}
+        target = RunFolder.create(path, config["system"], str(config["env"]), config["options"]["seed"])
+        target.write_config(config)
+        Checkpoints(target.checkpoints).save(*self.checkpoints.latest())
+        if (self.path / "summary.json").exists():
+            target.write_summary(self.summary)
+        return target.path
+
+
+def load(
+    path: str | Path,
+    *,
+    algorithm: Algorithm | None = None,
+    env: EnvLike | None = None,
+    network: Network | None = None,
+) -> Run:
+    """A run from its folder. No code is taken from there: hand in what was your own.
+
+    Raises:
+        RunFolderError, CheckpointError: if there is no run, or it is damaged.
+        ValueError: if the run needs an own algorithm, environment or network and none was given.
+    """
+    folder = RunFolder.open(path)
+    config = _checked(folder.read_config(), folder.path)
+    own = config["own"]
+    for what, needed, given in (
+        ("env", own.get("env") or _names_a_module(config["env"]), env),
+        ("network", config["network"], network),
+        ("algorithm", own.get("algorithm"), algorithm),
+    ):
+        if needed and given is None:
+            raise ValueError(f"{folder.path} was trained with its own {what}; load(path, {what}=...) needs it again.")
+    fields = {name: value for name, value in config["algorithm"].items() if name != "class"}
+    try:
+        if algorithm is None:
+            algorithm = as_dataclass(find(config["system"]).algorithm_class(), fields)
+        options = as_dataclass(Options, config["options"])
+    except ValueError as error:
+        raise RunFolderError(f"{folder.path / 'config.json'} does not describe a run: {error}") from error
+    run, _ = build(config["system"], algorithm, config["env"] if env is None else env, options, network)
+    run.folder, run.checkpoints = folder, Checkpoints(folder.checkpoints)
+    return run
+
+
+def _names_a_module(env: str) -> bool:
+    """Whether making this id imports a module that it names, which a run folder is not to decide."""
+    backend, _, name = env.partition(":")
+    return ":" in (name if backend in BACKENDS else env)
+
+
+def evaluate(path: str | Path, episodes: int = 20, **own: Any) -> Evaluation:
+    """Load a run and play greedy episodes."""
+    return load(path, **own).evaluate(episodes)
+
+
+def build(
+    name: str, algorithm: Algorithm, env: EnvLike, options: Options, network: Network | None
+) -> tuple[Run, Options]:
+    """Check that everything fits, and make the run that is to be executed, without a folder yet."""
+    with closing(MakeEnv(env, dataclasses.replace(options, device=_device(options.device)))(1, options.seed)) as one:
+        spec = one.spec
+    options = options.resolved(spec)
+    algorithm.check(spec, options.envs * options.actors)
+    make_net = MakeNet(algorithm, spec, network, options.seed, options.device)
+    make_net()  # what does not fit says so here
+    return Run(RunFolder(Path()), algorithm, MakeEnv(env, options), make_net), options
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch with that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def closing(env: VectorEnv) -> Iterator[VectorEnv]:
+    """Close the environment afterwards, whatever happens."""
+    try:
+        yield env
+    finally:
+        env.close()
+
+
+def _device(device: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A run's config, if it has what `train` writes."""
+    kinds = {"system": str, "env": str, "algorithm": dict, "options": dict, "network": str | None, "own": dict}
+    for name, kind in kinds.items():
+        if not isinstance(config.get(name), kind):
+            raise RunFolderError(f"{path / 'config.json'} has no usable {name!r}; train the run again.")
+    return config

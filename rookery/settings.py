@@ -1,0 +1,158 @@
+"""What a run is set to: options, an algorithm's fields, and the recipe behind them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+import torch
+
+from rookery.algorithms.base import Algorithm
+from rookery.envs.spec import EnvSpec, dtype_of, leaves
+from rookery.envs.vector import VectorEnv
+from rookery.systems import find, recipe
+
+__all__ = ["EnvLike", "Options", "as_dataclass", "env_name", "resolve"]
+
+EnvLike = Any  # an id, a VectorEnv, a Gymnasium environment, or a class or function that makes one
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is besides its algorithm."""
+
+    steps: int = 100_000  # budget: actions applied, over all lanes
+    envs: int = 8  # lanes of each actor
+    seed: int = 0
+    actors: int = 1
+    runtime: Literal["inline"] = "inline"  # where the roles run
+    device: str = "auto"  # "auto" takes a GPU if there is one
+    precision: Literal["auto", "float32", "bf16"] = "auto"  # of encoders; "auto" takes bf16 for images where it is fast
+    compile: bool = False  # torch.compile for acting and loss: faster, but tens of seconds to begin with
+    cuda_graphs: bool = False  # replay what is compiled as CUDA graphs
+    threads: int = 0  # of torch; 0 takes one for vectors and every core for images
+    frame_stack: int = 0  # frames an observation shows; 0 leaves it to the environment
+    clip_reward: bool = False  # to [-1, 1], for learning only
+    env_options: tuple[str, ...] = ()  # what the environment itself takes, as name=value with a JSON value
+    log_every: int = 0  # steps between rows of metrics; 0 for 1/200 of the run
+    eval_every: int = 0  # steps between evaluations, with a checkpoint each; 0 for 1/10 of the run
+    eval_episodes: int = 20  # greedy episodes on lanes of their own
+    stop_at: float | None = None  # end the run once an evaluation reaches this mean return
+    sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+
+    def __post_init__(self) -> None:
+        least_of = dict.fromkeys(("steps", "envs", "actors", "eval_episodes"), 1)
+        least_of |= dict.fromkeys(("seed", "threads", "frame_stack", "log_every", "eval_every"), 0)
+        for name, least in least_of.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is too small; use {least} or more.")
+        for pair in self.env_options:
+            if "=" not in pair:
+                raise ValueError(f"env_options has {pair!r}, and takes name=value, such as frame_skip=4.")
+
+    @property
+    def env_settings(self) -> dict[str, Any]:
+        """The environment's own settings by name; a value that is no JSON is a string."""
+        pairs = dict(pair.split("=", 1) for pair in self.env_options)
+        return {name: _json(value) for name, value in pairs.items()}
+
+    def resolved(self, env: EnvSpec) -> Options:
+        """With every choice that was left open made."""
+        images = any(
+            dtype_of(leaf) == torch.uint8 and len(leaf.shape or ()) >= 2 for leaf in leaves(env.obs_space).values()
+        )
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        fast = device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        return dataclasses.replace(
+            self,
+            device=device,
+            precision=("bf16" if images and fast else "float32") if self.precision == "auto" else self.precision,
+            threads=self.threads or (len(os.sched_getaffinity(0)) if images else 1),
+            log_every=self.log_every or max(1, self.steps // 200),
+            eval_every=self.eval_every or max(1, self.steps // 10),
+        )
+
+
+def resolve(
+    system: str | Algorithm, env: EnvLike, settings: dict[str, Any], tuned: bool = True
+) -> tuple[str, Algorithm, Options]:
+    """The system's name, the algorithm and the options that the caller's settings and the recipe (`tuned`) make."""
+    names = {each.name for each in dataclasses.fields(Options)}
+    if isinstance(settings.get("env_options"), dict):
+        pairs = (f"{name}={json.dumps(value)}" for name, value in settings["env_options"].items())
+        settings = {**settings, "env_options": tuple(pairs)}
+    if isinstance(env, VectorEnv):
+        settings = {"envs": env.lanes, **settings}
+        if settings["envs"] != env.lanes:
+            raise ValueError(
+                f"envs={settings['envs']}, but the environment handed in has {env.lanes} lanes; use those."
+            )
+    if isinstance(system, Algorithm):
+        _refuse_unknown(settings, names, f"a run (the algorithm's settings go into {type(system).__name__}(...))")
+        return type(system).__name__.lower(), system, as_dataclass(Options, settings)
+    name, kind = find(system).name, find(system).algorithm_class()
+    merged = {**(recipe(name, env) if tuned and isinstance(env, str) else {}), **settings}
+    fields = {each.name for each in dataclasses.fields(kind)}  # type: ignore[arg-type]  # every algorithm is one
+    _refuse_unknown(merged, fields | names, name)
+    algorithm = as_dataclass(kind, {name: value for name, value in merged.items() if name in fields})
+    return name, algorithm, as_dataclass(Options, {name: value for name, value in merged.items() if name in names})
+
+
+def env_name(env: EnvLike) -> str:
+    """An environment's id, or the name of what makes it."""
+    if isinstance(env, str):
+        return env
+    return env.spec.id if isinstance(env, VectorEnv) else getattr(env, "__name__", type(env).__name__)
+
+
+def _refuse_unknown(settings: Iterable[str], known: set[str], owner: str) -> None:
+    """Raise for the first setting there is none of, with the nearest names."""
+    for name in sorted(set(settings) - known):
+        near = difflib.get_close_matches(name, known, 3, 0.5) or sorted(known)
+        raise ValueError(f"{name}: no setting of {owner}; nearest: {', '.join(near)}.")
+
+
+def as_dataclass(kind: Any, values: dict[str, Any]) -> Any:
+    """The dataclass from settings as a user, JSON or TOML has them: lists become tuples, 1e6 an int where one is due.
+
+    Raises:
+        ValueError: for a setting there is none of, or a value of a wrong type.
+    """
+    hints = get_type_hints(kind)
+    _refuse_unknown(values, {each.name for each in dataclasses.fields(kind)}, kind.__name__)
+    fitting = {}
+    for name, value in values.items():
+        value = tuple(value) if isinstance(value, list) else value
+        whole = isinstance(value, float) and value.is_integer() and not _fits(value, hints[name])
+        fitting[name] = int(cast(float, value)) if whole else value
+        if not _fits(fitting[name], hints[name]):
+            choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+            wanted = getattr(hints[name], "__name__", hints[name]) if type(hints[name]) is type else hints[name]
+            raise ValueError(f"{name}={value!r} is not {' or '.join(map(repr, choices)) or f'of type {wanted}'}.")
+    return kind(**fitting)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; an int passes for a float, a bool for neither."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in parts
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(each, parts[0]) for each in value)
+    if parts:
+        return any(_fits(value, part) for part in parts)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
