@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import platform
 import shutil
 import statistics
+import sys
 import time
 import tomllib
 import zlib
@@ -65,10 +65,14 @@ def finished(row: Row, seed: int, runs: Path) -> Run:
     path = runs / f"{row.system}_{row.env}_s{seed}_{mark:08x}"
     if (path / "summary.json").exists() and not (run := load(path)).summary["interrupted"]:
         return run
-    if path.exists() and (run := load(path)).checkpoints.steps():
-        return resume(path, quiet=True)
-    shutil.rmtree(path, ignore_errors=True)  # it ended before its first checkpoint
-    return train(row.system, row.env, run_dir=path, quiet=True, **settings)
+    if (path / "config.json").exists() and load(path).checkpoints.steps():
+        run = resume(path, quiet=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)  # it ended before its first checkpoint
+        run = train(row.system, row.env, run_dir=path, quiet=True, **settings)
+    if run.interrupted:
+        sys.exit(f"Interrupted; run the same command again to go on with {path}.")
+    return run
 
 
 def score(run: Run) -> float:
@@ -77,9 +81,10 @@ def score(run: Run) -> float:
 
 
 def solved(run: Run, threshold: float) -> tuple[int, float] | None:
-    """Steps and seconds of training up to the first evaluation that reached the threshold."""
+    """Steps and seconds of training up to the first evaluation that reached the threshold; None if none did."""
     rows = read(run.folder.metrics)
-    first = next((row["step"] for row in rows if (row.get("eval_return_mean") or -math.inf) >= threshold), None)
+    scored = [row for row in rows if row.get("eval_return_mean") is not None]
+    first = next((row["step"] for row in scored if row["eval_return_mean"] >= threshold), None)
     if first is None:
         return None
     seconds = [row["seconds"] for row in rows if row.get("role") == "learner" and row["step"] <= first]

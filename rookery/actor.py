@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from rookery.algorithms.base import Acted, Algorithm, PolicyNet
@@ -20,6 +19,7 @@ from rookery.nn.flat import FlatParameters, restore
 
 __all__ = ["Collector", "Unroll"]
 
+COLUMNS = ("reward", "terminated", "truncated", "valid")
 CHUNK = 8  # rows that are compiled as one function; more rows a call cost less, and compile longer
 
 
@@ -33,8 +33,7 @@ class Unroll:
 
     def batch(self) -> dict[str, Obs]:
         """The rows by name, `[T+1, B, ...]`, and the recurrent `state` before row 0, `[B, S]`."""
-        storage = self.buffer.storage
-        return {**{str(name): storage[name] for name in storage.keys()}, "state": self.state_in}  # noqa: SIM118
+        return {**self.buffer.storage, "state": self.state_in}
 
 
 class Collector:
@@ -155,7 +154,7 @@ class Collector:
 
     def _account(self, buffer: UnrollBuffer, raw: list[Tensor]) -> int:
         """Returns, lengths and discounted returns so far in every row; takes down the episodes that ended."""
-        rows = buffer.storage[:-1]
+        rows: dict[str, Any] = {name: buffer.storage[name][:-1] for name in (*COLUMNS, "discounted_return")}
         ended = rows["terminated"] | rows["truncated"]
         goes_on = torch.cat([self._ended[None], ended[:-1]]).logical_not().float()
         decay = torch.stack([goes_on, goes_on, self.algorithm.gamma * goes_on], 1)  # [T, 3, B]
@@ -201,5 +200,8 @@ class Collector:
         for name, value in state["lanes"].items():
             setattr(self, f"_{name}", value.to(self.env.device))
         obs = state["obs"]
-        self._obs = obs if isinstance(obs, Tensor) else TensorDict(obs, batch_size=[self.env.lanes])
-        self._obs = self._obs.to(self.env.device)
+        if not isinstance(obs, Tensor):
+            from tensordict import TensorDict  # takes a second to import, and only structures need it
+
+            obs = TensorDict(obs, batch_size=[self.env.lanes])
+        self._obs = obs.to(self.env.device)

@@ -210,7 +210,7 @@ def _finish(run: Run) -> None:
     try:
         print(f"video       {run.record_video()}")
     except Exception as error:  # a picture that cannot be drawn here must not hide what was learnt
-        print(f"video       none: {' '.join(str(error).split())}")
+        print(f"video       none: {' '.join(str(error).partition('Traceback ')[0].split())}")
     print(f"checkpoint  {run.checkpoints.path(run.checkpoints.steps()[-1])}")
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "running_return",
     "td_lambda",
     "unrescale",
+    "valid_mean",
     "vtrace",
 ]
 
@@ -56,6 +57,14 @@ def linear_recurrence(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (coefficient, term, last)):
         return _Recurrence.apply(coefficient, term, last, reverse)
     return _scan(coefficient, term, last, reverse)
+
+
+def valid_mean(x: Tensor, valid: Tensor) -> Tensor:
+    """Mean of x over the valid rows, both `[...]`; 0 where there are none. What the others hold, NaN too, is ignored.
+
+    Its shapes are not annotated: the checks that tests add to annotations cannot be compiled, and losses are.
+    """
+    return torch.where(valid, x, 0).sum() / valid.sum().clamp(min=1)
 
 
 def gae(

@@ -130,7 +130,7 @@ class Learner:
         where = next((name for name, value in order if not _finite(value)), "the gradient's norm")
         return (
             f"{where} is not finite at update {self.updates + 1} (step {self.steps}); the run stops with its weights "
-            "as they were. Resume from the last checkpoint with a smaller lr or max_grad_norm, or check the env."
+            "as they were. Train with a smaller lr or max_grad_norm, or check the environment."
         )
 
     def state(self) -> dict[str, Any]:

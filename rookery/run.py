@@ -45,7 +45,10 @@ class MakeEnv:
         device = "cpu" if options.device == "auto" else options.device
         if isinstance(env, str):
             env = pick(env, options.envs, device)  # whatever the lanes, the backend that is trained on
-        made = make_env(env, lanes, device, seed, **options.env_settings, **more)
+        settings = options.env_settings
+        if "workers" in settings:
+            settings["workers"] = min(settings["workers"], lanes)
+        made = make_env(env, lanes, device, seed, **settings, **more)
         return transform(made, frame_stack=options.frame_stack or None, clip_reward=options.clip_reward)
 
 
@@ -217,7 +220,10 @@ def load(
         ("algorithm", own.get("algorithm"), algorithm),
     ):
         if needed and given is None:
-            raise ValueError(f"{folder.path} was trained with its own {what}; load(path, {what}=...) needs it again.")
+            option = " (on the command line: --env module:Name)" if what == "env" else ""
+            raise ValueError(
+                f"{folder.path} was trained with its own {what}; load(path, {what}=...) needs it again{option}."
+            )
     fields = {name: value for name, value in config["algorithm"].items() if name != "class"}
     try:
         if algorithm is None:

@@ -28,8 +28,8 @@ class Options:
 
     steps: int = 100_000  # budget: actions applied, over all lanes
     envs: int = 8  # lanes of each actor
-    seed: int = 0
-    actors: int = 1
+    seed: int = 0  # of environments, networks, exploration and shuffling
+    actors: int = 1  # each with its own lanes
     runtime: Literal["inline"] = "inline"  # where the roles run
     device: str = "auto"  # "auto" takes a GPU if there is one
     precision: Literal["auto", "float32", "bf16"] = "auto"  # of encoders; "auto" takes bf16 for images where it is fast
@@ -43,7 +43,7 @@ class Options:
     eval_every: int = 0  # steps between evaluations, with a checkpoint each; 0 for 1/10 of the run
     eval_episodes: int = 20  # greedy episodes on lanes of their own
     stop_at: float | None = None  # end the run once an evaluation reaches this mean return
-    sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)  # beside metrics.jsonl
 
     def __post_init__(self) -> None:
         least_of = dict.fromkeys(("steps", "envs", "actors", "eval_episodes"), 1)
@@ -83,6 +83,8 @@ def resolve(
 ) -> tuple[str, Algorithm, Options]:
     """The system's name, the algorithm and the options that the caller's settings and the recipe (`tuned`) make."""
     names = {each.name for each in dataclasses.fields(Options)}
+    if isinstance(settings.get("sinks"), str):
+        settings = {**settings, "sinks": (settings["sinks"],)}
     if isinstance(settings.get("env_options"), dict):
         pairs = (f"{name}={json.dumps(value)}" for name, value in settings["env_options"].items())
         settings = {**settings, "env_options": tuple(pairs)}

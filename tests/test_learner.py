@@ -14,9 +14,10 @@ from torch import Tensor
 
 from rookery.actor import Collector
 from rookery.algorithms.a2c import A2C
-from rookery.algorithms.base import Algorithm, Batch, Loss, OnPolicy, valid_mean
+from rookery.algorithms.base import Algorithm, Batch, Loss, OnPolicy
 from rookery.algorithms.ppo import PPO
 from rookery.envs.make import make_env
+from rookery.estimators import valid_mean
 from rookery.learner import Learner, NonFinite
 
 ONE = torch.tensor(1.0)

@@ -23,9 +23,9 @@ from rookery.algorithms.base import (
     OnPolicy,
     scaled_reward,
     update_norms,
-    valid_mean,
 )
-from rookery.estimators import gae
+from rookery.estimators import gae, valid_mean
+from rookery.nn.adam import Optimizer
 
 if TYPE_CHECKING:
     from rookery.envs.spec import EnvSpec
@@ -91,7 +91,7 @@ class A2C(Algorithm):
     def finish(self, net: ActorCritic, unroll: Batch) -> None:
         update_norms(net, unroll)
 
-    def optimizer(self, groups: dict[str, nn.Parameter], lr: Tensor) -> torch.optim.Optimizer:
+    def optimizer(self, groups: dict[str, nn.Parameter], lr: Tensor) -> Optimizer:
         return torch.optim.RMSprop(groups.values(), lr=lr, alpha=0.99, eps=1e-5)
 
     def learning_rate(self, remaining: float) -> float:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-import torch
 from torch import Tensor, nn
 
-from rookery.nn.adam import Adam
+from rookery.nn.adam import Adam, Optimizer
 from rookery.nn.policy import PolicyNet
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ __all__ = [
     "Refused",
     "scaled_reward",
     "update_norms",
-    "valid_mean",
 ]
 
 Batch = dict[str, Any]  # what a loss reads: tensors (structured observations: TensorDicts) with equal leading dims
@@ -95,6 +93,7 @@ class Algorithm:
     """
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
         for name, value in vars(self).items():
             if value is None:
                 continue
@@ -104,6 +103,8 @@ class Algorithm:
                 raise Refused(f"{name}={value} has to be between 0 and 1.")
             if name in NOT_NEGATIVE and not value >= 0:
                 raise Refused(f"{name}={value} has to be 0 or more.")
+            if get_origin(hints.get(name)) is Literal and value not in get_args(hints[name]):
+                raise Refused(f"{name}={value!r} is not {' or '.join(map(repr, get_args(hints[name])))}.")
             if name == "hidden" and min(value, default=1) < 1:
                 raise Refused(f"hidden={value} has a layer without units; use sizes of 1 or more.")
 
@@ -139,18 +140,13 @@ class Algorithm:
         """Refuse what cannot work with this environment and so many lanes, before anything is built."""
         self.plan.check(lanes)
 
-    def optimizer(self, groups: dict[str, nn.Parameter], lr: Tensor) -> Adam | torch.optim.Optimizer:
+    def optimizer(self, groups: dict[str, nn.Parameter], lr: Tensor) -> Optimizer:
         """The one optimiser, over one flat parameter a group; `lr` is a 0-d tensor the learner anneals in place."""
-        return Adam(groups.values(), lr, eps=1e-5)
+        return Adam(groups.values(), lr)
 
     def learning_rate(self, remaining: float) -> float:
         """Step size with `remaining` (1 to 0) of the run ahead."""
         return self.lr
-
-
-def valid_mean(x: Tensor, valid: Tensor) -> Tensor:
-    """Mean over the rows where `valid`; both `[...]`."""
-    return torch.where(valid, x, 0).sum() / valid.sum().clamp(min=1)  # times 0 would let a NaN pass
 
 
 def scaled_reward(net: Any, unroll: Batch) -> Tensor:

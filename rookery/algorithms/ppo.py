@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rookery.algorithms.base import (
     Acted,
@@ -25,9 +25,9 @@ from rookery.algorithms.base import (
     OnPolicy,
     scaled_reward,
     update_norms,
-    valid_mean,
 )
-from rookery.estimators import gae
+from rookery.estimators import gae, valid_mean
+from rookery.nn.adam import Adam, Optimizer
 
 if TYPE_CHECKING:
     from rookery.envs.spec import EnvSpec
@@ -120,6 +120,9 @@ class PPO(Algorithm):
 
     def finish(self, net: ActorCritic, unroll: Batch) -> None:
         update_norms(net, unroll)
+
+    def optimizer(self, groups: dict[str, nn.Parameter], lr: Tensor) -> Optimizer:
+        return Adam(groups.values(), lr, eps=1e-5)
 
     def learning_rate(self, remaining: float) -> float:
         return self.lr * remaining if self.anneal else self.lr

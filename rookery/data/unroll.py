@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int, Shaped
-from tensordict import TensorDict
 from torch import Tensor
+
+from rookery.envs.vector import Obs
 
 __all__ = ["FrameStacks", "UnrollBuffer", "frames_to_stacks"]
 
@@ -20,21 +21,21 @@ class UnrollBuffer:
     """Room for T steps of B lanes, and one row more to bootstrap from.
 
     Attributes:
-        storage: TensorDict of batch size [T+1, B]. Rows never written are poisoned: NaN, the largest value of an
-            unsigned integer, the smallest of a signed one, False.
+        storage: columns by name: tensors [T+1, B, ...], or TensorDicts of such and of batch size [T+1, B]. Rows never
+            written are poisoned: NaN, the largest value of an unsigned integer, the smallest of a signed one, False.
         steps: T.
         copies: how many leaf tensors `write` has copied so far, each stack of rows counting as one.
     """
 
-    storage: TensorDict
+    storage: dict[str, Obs]
     steps: int
     copies: int
 
-    def __init__(self, example: TensorDict | Mapping[str, Any], steps: int) -> None:
+    def __init__(self, example: Mapping[str, Any], steps: int) -> None:
         """Allocate.
 
         Args:
-            example: one row: tensors `[B, ...]` by key, in their dtypes and on their device; they may nest.
+            example: one row: tensors `[B, ...]` by name, in their dtypes and on their device; TensorDicts may nest.
             steps: T.
 
         Raises:
@@ -42,25 +43,21 @@ class UnrollBuffer:
         """
         if steps < 1:
             raise ValueError(f"steps={steps} holds nothing; use 1 or more.")
-        row = TensorDict(dict(example.items()), batch_size=[])
-        lanes = {key: list(leaf.shape[:1]) for key, leaf in row.items(include_nested=True, leaves_only=True)}
+        lanes = {name: list(leaf.shape[:1]) for name, leaf in _leaves(example)}
         sizes = {tuple(size) for size in lanes.values()}
         if len(sizes) != 1 or () in sizes:
             raise ValueError(f"every tensor of an example row has shape [B, ...] with one B; got first sizes {lanes}.")
-        storage = row.apply(lambda leaf: leaf.new_empty((steps + 1, *leaf.shape)), batch_size=[steps + 1, *sizes.pop()])
-        assert storage is not None  # for the type checker
-        self.storage = storage
+        self.storage = {name: _room(value, steps + 1, *sizes) for name, value in example.items()}
         self.steps = steps
         self.copies = 0
         self.poison()
 
     def poison(self) -> None:
         """Overwrite every row with values that no one can mistake for data."""
-        for leaf in self.storage.values(include_nested=True, leaves_only=True):
-            assert isinstance(leaf, Tensor)  # for the type checker
+        for _, leaf in _leaves(self.storage):
             leaf.fill_(_poison_of(leaf.dtype))
 
-    def write(self, rows: Mapping[str, Sequence[Tensor | TensorDict]], first: int = 0) -> None:
+    def write(self, rows: Mapping[str, Sequence[Obs]], first: int = 0) -> None:
         """Stack each key's rows, in order of time, into the storage from row `first` on: one copy a leaf.
 
         Other rows, and keys that are not mentioned, stay as they were.
@@ -69,11 +66,9 @@ class UnrollBuffer:
             ValueError: for an unknown key, rows beyond the last, or a row of a wrong shape, dtype or device.
         """
         for key, sequence in rows.items():
-            stored = self.storage.get(key, None)
+            stored = self.storage.get(key)
             if stored is None:
-                raise ValueError(
-                    f"no key {key!r} in this unroll; it holds {', '.join(sorted(map(str, self.storage.keys())))}."
-                )
+                raise ValueError(f"no key {key!r} in this unroll; it holds {', '.join(sorted(self.storage))}.")
             if not sequence or not 0 <= first <= self.steps + 1 - len(sequence):
                 raise ValueError(
                     f"{key!r} brings {len(sequence)} rows from row {first} on; "
@@ -81,11 +76,11 @@ class UnrollBuffer:
                 )
             into_rows = slice(first, first + len(sequence))
             if isinstance(stored, Tensor):
-                self._stack(key, stored[into_rows], sequence)
+                self._stack(key, stored[into_rows], cast(Sequence[Tensor], sequence))
                 continue
             for leaf, into in stored.items(include_nested=True, leaves_only=True):
                 name = ".".join((key, *([leaf] if isinstance(leaf, str) else leaf)))
-                self._stack(name, into[into_rows], [_leaf_of(row, leaf, name) for row in sequence])
+                self._stack(name, cast(Tensor, into)[into_rows], [_leaf_of(row, leaf, name) for row in sequence])
 
     def _stack(self, name: str, into: Tensor, rows: Sequence[Tensor]) -> None:
         wanted = (into.shape[1:], into.dtype, into.device)
@@ -158,7 +153,25 @@ def _poison_of(dtype: torch.dtype) -> float | int | bool:
     return limits.min or limits.max
 
 
-def _leaf_of(row: Tensor | TensorDict, leaf: str | tuple[str, ...], name: str) -> Tensor:
+def _leaves(columns: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
+    """Every tensor of a dict or TensorDict with its dotted name."""
+    found: list[tuple[str, Tensor]] = []
+    for name, value in columns.items():
+        found += [(prefix + name, value)] if isinstance(value, Tensor) else _leaves(value, f"{prefix}{name}.")
+    return found
+
+
+def _room(example: Any, rows: int, lanes: tuple[int, ...]) -> Obs:
+    """Memory for so many rows like the example."""
+    if isinstance(example, Tensor):
+        return example.new_empty((rows, *example.shape))
+    from tensordict import TensorDict  # takes a second to import, and only structures need it
+
+    nested = {name: _room(value, rows, lanes) for name, value in example.items()}
+    return TensorDict(nested, batch_size=[rows, *lanes])
+
+
+def _leaf_of(row: Obs, leaf: str | tuple[str, ...], name: str) -> Tensor:
     found = None if isinstance(row, Tensor) else row.get(leaf, None)
     if found is None:
         raise ValueError(f"{name!r} is missing from a row; give rows like the example this unroll was allocated from.")

@@ -127,8 +127,15 @@ class OwnNetwork(Encoder):
         self.ndim = len(found[()].shape or ()) if () in found else 0
         first = next(self.network.parameters(), torch.empty(0))
         obs = example(spec.obs_space, lanes=2, device=first.device)
-        with torch.no_grad():
-            features = self.network(obs)
+        try:
+            with torch.no_grad():
+                features = self.network(obs)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            shapes = [tuple(leaf.shape) for leaf in ([obs] if isinstance(obs, Tensor) else obs.values(True, True))]
+            raise ValueError(
+                f"{type(self.network).__name__} does not take two observations of {spec.id}, of shape "
+                f"{', '.join(map(str, shapes))}: {error}"
+            ) from error
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(

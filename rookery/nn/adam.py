@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-__all__ = ["Adam"]
+__all__ = ["Adam", "Optimizer"]
 
 
 class Adam:
@@ -57,3 +57,6 @@ class Adam:
             eps=self.eps,
             maximize=False,
         )
+
+
+Optimizer = Adam | torch.optim.Optimizer  # what a learner steps

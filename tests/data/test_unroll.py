@@ -28,35 +28,40 @@ def row(number: float = 0.0) -> dict[str, Tensor | TensorDict]:
     }
 
 
+def places_of(buffer: UnrollBuffer) -> list[int]:
+    """Where in memory every leaf is."""
+    whole = TensorDict(buffer.storage)
+    return [leaf.data_ptr() for leaf in whole.values(include_nested=True, leaves_only=True)]
+
+
 def test_storage_is_like_the_example_and_poisoned() -> None:
     storage = UnrollBuffer(row(), steps=5).storage
-    assert storage.batch_size == torch.Size([6, LANES])
-    assert storage["obs", "inner"].batch_size == torch.Size([6, LANES])
-    assert storage["obs", "image"].shape == (6, LANES, 2, 2)
+    assert storage["obs"].batch_size == torch.Size([6, LANES])
+    assert storage["obs"]["inner"].batch_size == torch.Size([6, LANES])
+    assert storage["obs"]["image"].shape == (6, LANES, 2, 2)
     assert storage["reward"].isnan().all()
-    assert storage["obs", "inner", "speed"].isnan().all()
-    assert (storage["obs", "image"] == 255).all()
+    assert storage["obs"]["inner", "speed"].isnan().all()
+    assert (storage["obs"]["image"] == 255).all()
     assert (storage["action"] == torch.iinfo(torch.int64).min).all()
     assert not storage["terminated"].any()
 
 
-def test_a_tensordict_or_a_dict_of_dicts_is_an_example_too() -> None:
-    whole = UnrollBuffer(TensorDict(row(), batch_size=[LANES]), steps=2).storage
-    nested = UnrollBuffer({"obs": {"image": torch.zeros(LANES, 2)}}, steps=2).storage
-    assert whole["obs", "inner", "speed"].shape == (3, LANES, 4)
-    assert nested["obs", "image"].shape == (3, LANES, 2)
+def test_a_dict_of_dicts_is_an_example_too() -> None:
+    storage = UnrollBuffer({"obs": {"image": torch.zeros(LANES, 2)}}, steps=2).storage
+    assert isinstance(storage["obs"], TensorDict)
+    assert storage["obs"]["image"].shape == (3, LANES, 2)
 
 
 def test_write_copies_each_leaf_once_and_in_place() -> None:
     buffer = UnrollBuffer(row(), steps=4)
-    places = [leaf.data_ptr() for leaf in buffer.storage.values(include_nested=True, leaves_only=True)]
+    places = places_of(buffer)
     rows = [row(number) for number in range(5)]
     buffer.write({"obs": [r["obs"] for r in rows]} | {key: [r[key] for r in rows[:4]] for key in ("action", "reward")})
     storage = buffer.storage
     assert buffer.copies == 4  # image, speed, action, reward
-    assert places == [leaf.data_ptr() for leaf in storage.values(include_nested=True, leaves_only=True)]
-    assert storage["obs", "image"][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
-    assert storage["obs", "inner", "speed"][:, 1, 3].tolist() == [0, 1, 2, 3, 4]
+    assert places == places_of(buffer)
+    assert storage["obs"]["image"][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+    assert storage["obs"]["inner", "speed"][:, 1, 3].tolist() == [0, 1, 2, 3, 4]
     assert storage["action"][:4, 2].tolist() == [0, 1, 2, 3]
     assert storage["reward"][:4, 0].tolist() == [0, 1, 2, 3]
     assert storage["reward"][4].isnan().all(), "row T was not given, so it stays poisoned"

@@ -24,7 +24,8 @@ PROBES: dict[str, dict[str, Any]] = {
 }
 
 # The recall of one bit, 9 steps later; a policy without memory can only guess, for a return of 0.
-RECALL = {"envs": 64, "unroll": 20, "lr": 3e-3, "memory_size": 32, "steps": 24_000, "eval_every": 24_000}
+RECALL = {"envs": 64, "unroll": 20, "lr": 3e-3, "memory_size": 32, "steps": 40_000, "eval_every": 40_000}
+RECALL |= {"entropy_coef": 0.02, "normalize_reward": True}
 
 
 @pytest.mark.parametrize("system", PROBES)

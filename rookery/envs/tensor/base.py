@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from gymnasium import spaces
-from tensordict import TensorDict
 from torch import Tensor
 
 from rookery.envs.spec import EnvSpec, dtype_of, leaves
@@ -211,7 +210,11 @@ class TensorEnv(VectorEnv):
         self._state = {name: carry[f"state.{name}"] for name in self._state}
 
     def _packed(self, obs: Nested) -> Obs:
-        return obs if isinstance(obs, Tensor) else TensorDict(obs, batch_size=[self.lanes], device=self.device)
+        if isinstance(obs, Tensor):
+            return obs
+        from tensordict import TensorDict
+
+        return TensorDict(obs, batch_size=[self.lanes], device=self.device)
 
     def _unpacked(self, action: Obs) -> Nested:
         """The action as plain tensors, checked by what is cheap: keys, shapes, dtypes and devices, not values."""
@@ -219,6 +222,8 @@ class TensorEnv(VectorEnv):
         if flat is not None:
             self._check(action, *flat)
             return action
+        from tensordict import TensorDict
+
         if not isinstance(action, TensorDict):
             raise ValueError(f"{self.id} takes a TensorDict of {self._wanted()}; got {_kind(action)}.")
         nested: dict[str, Any] = action.to_dict()
