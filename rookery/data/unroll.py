@@ -6,7 +6,7 @@ Also frame stacks whose frames are stored once: a strided view of the single fra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Int, Shaped
