@@ -58,7 +58,7 @@ def finished(row: Row, seed: int, runs: Path) -> Run:
 
     Its folder bears a checksum of the settings, so that a changed recipe is trained anew.
     """
-    settings = {"seed": seed, "sinks": ()}
+    settings: dict[str, Any] = {"seed": seed, "sinks": ()}
     _, algorithm, options = resolve(row.system, row.env, settings)
     both = {**dataclasses.asdict(algorithm), **dataclasses.asdict(options)}
     mark = zlib.crc32(json.dumps(both, sort_keys=True).encode())
@@ -98,7 +98,7 @@ def result(row: Row, runs: list[Run]) -> dict[str, Any]:
     options = {name: value for name, value in runs[0].config["options"].items() if name != "seed"}
     versions = {name: value for name, value in runs[0].config["versions"].items() if name != "platform"}
     return {
-        **dataclasses.asdict(row),
+        **vars(row),
         "command": row.command,
         "steps": options["steps"],
         "score_mean": statistics.fmean(scores),
@@ -131,13 +131,24 @@ def machine() -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
     """The results as Markdown."""
-    yield "| environment | steps | score, mean ± std over seeds | threshold | reached | seconds a seed | command |"
-    yield "| --- | --: | --: | --: | --- | --: | --- |"
+    names = (
+        "environment",
+        "system",
+        "steps",
+        "mean ± std over seeds",
+        "threshold",
+        "reached",
+        "seconds a seed",
+        "command",
+    )
+    yield f"| {' | '.join(names)} |"
+    yield "| --- | --- | --: | --: | --: | --- | --: | --- |"
     for row in results:
         seeds, seconds = len(row["scores"]), statistics.fmean(row["seconds"])
         aim = f"{row['threshold']:,}, each seed" if row["each"] else f"{row['threshold']:,}"
         yield (
-            f"| {row['env']} | {row['steps']:,} | {row['score_mean']:,.1f} ± {row['score_std']:,.1f} ({seeds}) "
+            f"| {row['env']} | {row['system']} | {row['steps']:,} "
+            f"| {row['score_mean']:,.1f} ± {row['score_std']:,.1f} ({seeds}) "
             f"| {aim} | {'yes' if row['reached'] else 'no'} | {seconds:,.0f} | `{row['command']}` |"
         )
 
@@ -158,6 +169,8 @@ def main() -> None:
     path = flags.results / f"learning-{time.strftime('%Y-%m-%d')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else []
+    order = [(row.system, row.env) for row in read_rows()]
+    results = [old for old in results if (old["system"], old["env"]) in order]
     for row in rows:
         runs = []
         for seed in range(flags.seeds or row.seeds):
@@ -165,6 +178,7 @@ def main() -> None:
             print(f"{row.command} --seed {seed}: {score(runs[-1]):,.1f} in {runs[-1].summary['seconds']:,.0f} s")
         results = [old for old in results if (old["system"], old["env"]) != (row.system, row.env)]
         results.append(result(row, runs))
+        results.sort(key=lambda each: order.index((each["system"], each["env"])))
         path.write_text(json.dumps(results, indent=2) + "\n")
         plot_runs([run.path for run in runs], flags.results / f"learning-{row.system}-{row.env}.png")
     print(*table(results), sep="\n")
