@@ -44,7 +44,7 @@ class MakeEnv:
             env = Copies(env)
         device = "cpu" if options.device == "auto" else options.device
         if isinstance(env, str):
-            env = pick(env, options.envs, device)  # whatever the lanes, the backend that is trained on
+            env = pick(env, options.envs, device, options.compile)  # the backend trained on, for any lanes
         settings = options.env_settings
         if "workers" in settings:
             settings["workers"] = min(settings["workers"], lanes)

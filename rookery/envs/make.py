@@ -81,13 +81,15 @@ def make_env(
     return _on(device, GymEnv(name, envs, seed, **kwargs))
 
 
-def pick(id: str, lanes: int, device: torch.device | str = "cpu") -> str:
+def pick(id: str, lanes: int, device: torch.device | str = "cpu", compile: bool = False) -> str:
     """The id with the fastest backend for so many lanes before it; as it is where it names one itself, or a module.
+
+    Where acting is compiled that is the tensor backend: its steps are compiled along.
 
     Raises:
         ValueError: for an id that no backend has; names the nearest.
     """
-    return id if ":" in id else f"{_fastest(id, lanes, torch.device(device))}:{id}"
+    return id if ":" in id else f"{_fastest(id, lanes, torch.device(device), compile)}:{id}"
 
 
 def env_ids(backend: str | None = None) -> list[str]:
@@ -132,8 +134,8 @@ def _own(source: gymnasium.Env | Callable[..., gymnasium.Env], lanes: int, seed:
     return GymEnv(source, lanes, seed, **kwargs)
 
 
-def _fastest(id: str, lanes: int, device: torch.device) -> str:
-    few = device.type == "cpu" and lanes < TENSOR_FROM.get(id, TENSOR_FROM_ELSE)
+def _fastest(id: str, lanes: int, device: torch.device, compile: bool = False) -> str:
+    few = device.type == "cpu" and not compile and lanes < TENSOR_FROM.get(id, TENSOR_FROM_ELSE)
     if id in env_ids("tensor") and not few:
         return "tensor"  # without a look at EnvPool, which takes a second to import
     having = [backend for backend in BACKENDS if id in env_ids(backend)]

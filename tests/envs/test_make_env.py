@@ -167,3 +167,9 @@ def test_pick_says_which_backend_make_env_takes(envpool):
 def test_a_backend_for_many_lanes_is_picked_without_importing_envpool():
     words = "import sys; from rookery.envs.make import pick; pick('CartPole-v1', 64); print('envpool' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", words], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_compiled_acting_picks_the_tensor_backend_at_any_number_of_lanes() -> None:
+    assert pick("CartPole-v1", 1, compile=True) == "tensor:CartPole-v1"
+    assert pick("CartPole-v1", 1) != "tensor:CartPole-v1"
+    assert pick("gym:CartPole-v1", 1, compile=True) == "gym:CartPole-v1"
