@@ -21,7 +21,7 @@ from rookery.envs.vector import Obs, VectorEnv
 from rookery.evaluator import Evaluation, Evaluator
 from rookery.runs.checkpoint import CheckpointError, Checkpoints
 from rookery.runs.folder import RunFolder, RunFolderError
-from rookery.settings import EnvLike, Options, as_dataclass
+from rookery.settings import EnvLike, Options, as_dataclass, device_of
 from rookery.systems import find
 
 __all__ = ["MakeEnv", "MakeNet", "Policy", "Run", "build", "evaluate", "load", "threads"]
@@ -42,13 +42,12 @@ class MakeEnv:
             env = env if env.spec.backend in BACKENDS else Checked(env)
         elif not isinstance(env, str) and not callable(env):
             env = Copies(env)
-        device = "cpu" if options.device == "auto" else options.device
         if isinstance(env, str):
-            env = pick(env, options.envs, device, options.compile)  # the backend trained on, for any lanes
+            env = pick(env, options.envs, options.device, options.compile)  # the backend trained on, for any lanes
         settings = options.env_settings
         if "workers" in settings:
             settings["workers"] = min(settings["workers"], lanes)
-        made = make_env(env, lanes, device, seed, **settings, **more)
+        made = make_env(env, lanes, options.device, seed, **settings, **more)
         return transform(made, frame_stack=options.frame_stack or None, clip_reward=options.clip_reward)
 
 
@@ -189,7 +188,7 @@ class Run:
 
     def save(self, path: str | Path) -> Path:
         """Write a run folder that `rookery.load` reads, with the settings, the summary and the newest checkpoint."""
-        config = {name: value for name, value in self.config.items() if name != "versions"}
+        config = self.config
         target = RunFolder.create(path, config["system"], str(config["env"]), config["options"]["seed"])
         target.write_config(config)
         Checkpoints(target.checkpoints).save(*self.checkpoints.latest())
@@ -251,7 +250,7 @@ def build(
     name: str, algorithm: Algorithm, env: EnvLike, options: Options, network: Network | None
 ) -> tuple[Run, Options]:
     """Check that everything fits, and make the run that is to be executed, without a folder yet."""
-    with closing(MakeEnv(env, dataclasses.replace(options, device=_device(options.device)))(1, options.seed)) as one:
+    with closing(MakeEnv(env, dataclasses.replace(options, device=device_of(options.device)))(1, options.seed)) as one:
         spec = one.spec
     options = options.resolved(spec)
     algorithm.check(spec, options.envs * options.actors)
@@ -278,10 +277,6 @@ def closing(env: VectorEnv) -> Iterator[VectorEnv]:
         yield env
     finally:
         env.close()
-
-
-def _device(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rookery.envs.spec import EnvSpec, dtype_of, leaves
 from rookery.envs.vector import VectorEnv
 from rookery.systems import find, recipe
 
-__all__ = ["EnvLike", "Options", "as_dataclass", "env_name", "resolve"]
+__all__ = ["EnvLike", "Options", "as_dataclass", "device_of", "env_name", "resolve"]
 
 EnvLike = Any  # an id, a VectorEnv, a Gymnasium environment, or a class or function that makes one
 
@@ -66,7 +66,7 @@ class Options:
         images = any(
             dtype_of(leaf) == torch.uint8 and len(leaf.shape or ()) >= 2 for leaf in leaves(env.obs_space).values()
         )
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        device = device_of(self.device)
         fast = device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
         return dataclasses.replace(
             self,
@@ -103,6 +103,11 @@ def resolve(
     _refuse_unknown(merged, fields | names, name)
     algorithm = as_dataclass(kind, {name: value for name, value in merged.items() if name in fields})
     return name, algorithm, as_dataclass(Options, {name: value for name, value in merged.items() if name in names})
+
+
+def device_of(device: str) -> str:
+    """The device that "auto" stands for here; any other as it is."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def env_name(env: EnvLike) -> str:

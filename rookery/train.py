@@ -86,10 +86,9 @@ def resume(
     over = (run.path / "summary.json").exists() and not run.summary["interrupted"]
     if over and saved["steps"] >= (steps or options.steps):
         return run
-    config = {name: value for name, value in run.config.items() if name != "versions"}
     options = options if steps is None else dataclasses.replace(options, steps=steps)
     fields = {"class": type(run.algorithm).__name__, **dataclasses.asdict(cast(Any, run.algorithm))}
-    run.folder.write_config({**config, "algorithm": fields, "options": dataclasses.asdict(options)})
+    run.folder.write_config({**run.config, "algorithm": fields, "options": dataclasses.asdict(options)})
     return execute(run, run.config["system"], options, quiet=quiet, saved=saved)
 
 
