@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rookery.algorithms.base import Acted, Algorithm, PolicyNet
+from rookery.algorithms.base import Acted, Algorithm, Explore, PolicyNet, flat
 from rookery.data.unroll import UnrollBuffer
 from rookery.envs.tensor.base import TensorEnv
 from rookery.envs.vector import Obs, VectorEnv
 from rookery.estimators import linear_recurrence
 from rookery.nn.compiled import compiled, precision
-from rookery.nn.flat import FlatParameters, restore
+from rookery.nn.flat import restore
 
 __all__ = ["Collector", "Unroll"]
 
@@ -63,13 +63,15 @@ class Collector:
         self.generator = torch.Generator(env.device).manual_seed(seed)
         self.returns: list[float] = []  # of the episodes that ended since they were last taken
         self.lengths: list[int] = []
-        self._flat, self._version = FlatParameters(net), 0
+        self._flat, self.version = flat(algorithm, self.net), 0
         self._bf16 = bf16
         self._tensor_env = env.innermost if isinstance(env.innermost, TensorEnv) else None
         whole = compile and self._tensor_env is not None  # rows of acting and stepping, not acting alone
         self._chunk = next(n for n in range(CHUNK, 0, -1) if steps % n == 0) if whole else steps
         self._act = compiled(self._choose, graphs) if compile and not whole else self._choose
         self._rows = compiled(self._collect, graphs) if whole else self._collect
+        self._records = True  # whether acting gives more than actions, which the row to bootstrap from needs too
+        self._scale = torch.ones(env.lanes, device=env.device)  # of exploration
         self._obs = env.reset(seed)
         self._state = net.initial_state(env.lanes, env.device)
         self._start = torch.ones(env.lanes, dtype=torch.bool, device=env.device)  # the row is an episode's first
@@ -83,12 +85,12 @@ class Collector:
 
     def _choose(self, obs: Obs, state: Tensor, noise: Tensor) -> Acted:
         with precision(self.env.device, self._bf16):
-            return self.algorithm.act(self.net, obs, state, noise)
+            return self.algorithm.act(self.net, obs, state, Explore(noise, self._scale))
 
     def load(self, version: int, values: dict[str, Tensor]) -> None:
         """Act with these weights from now on."""
         restore(self.net, self._flat, values)
-        self._version = version
+        self.version = version
 
     @torch.no_grad()
     def slot(self) -> Unroll:
@@ -96,6 +98,7 @@ class Collector:
         floats = torch.zeros(self.env.lanes, device=self.env.device)
         noise = self.net.draw((self.env.lanes,), torch.Generator(self.env.device))
         acted = self._choose(self._obs, self._state, noise)
+        self._records = bool(acted.record)
         row = {
             "obs": self._obs,
             "action": acted.action,
@@ -107,9 +110,10 @@ class Collector:
         return Unroll(UnrollBuffer(row, self.T), self._state)
 
     @torch.no_grad()
-    def fill(self, unroll: Unroll) -> int:
-        """T steps of every lane into the slot; gives how many were valid."""
+    def fill(self, unroll: Unroll, scale: Tensor | float = 1.0) -> int:
+        """T steps of every lane into the slot, explored by `scale`, `[B]` or a number; gives how many were valid."""
         unroll.state_in.copy_(self._state)
+        self._scale[:] = scale
         noise = self.net.draw((self.T + 1, self.env.lanes), self.generator).unbind(0)
         ahead = self._tensor_env.draw(self._tensor_env.generator, self.T).unbind(0) if self._tensor_env else ()
         raw: list[Tensor] = []
@@ -122,10 +126,11 @@ class Collector:
                 self._settle()
         if self._tensor_env is not None:
             self._tensor_env.noise = None
-        last = self._choose(self._obs, self._state, noise[-1])  # these lanes act again, with newer weights
-        rest = {"obs": self._obs, "start": self._start, **last.record}
+        rest = {"obs": self._obs, "start": self._start}
+        if self._records:  # these lanes act again, with newer weights: this is for the record alone
+            rest |= self._choose(self._obs, self._state, noise[-1]).record
         unroll.buffer.write({name: [value] for name, value in rest.items()}, self.T)
-        unroll.version = self._version
+        unroll.version = self.version
         return self._account(unroll.buffer, raw)
 
     def _collect(self, noise: Sequence[Tensor], ahead: Sequence[Tensor]) -> dict[str, list[Obs]]:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rookery.algorithms.base import Algorithm, PolicyNet
+from rookery.algorithms.base import Algorithm, Explore, PolicyNet, flat, sampled
 from rookery.envs.vector import VectorEnv
 from rookery.nn.compiled import precision
-from rookery.nn.flat import FlatParameters, restore
+from rookery.nn.flat import restore
 
 __all__ = ["Evaluation", "Evaluator"]
 
@@ -47,7 +47,7 @@ class Evaluator:
         self.algorithm, self.net, self.env, self.greedy = algorithm, net.requires_grad_(False), env, greedy
         self.generator = torch.Generator(env.device).manual_seed(seed)
         self.due = 0  # steps at which the next evaluation falls due
-        self._flat = FlatParameters(net)
+        self._flat = flat(algorithm, self.net)
         self._bf16 = bf16
 
     def load(self, values: dict[str, Tensor]) -> None:
@@ -66,9 +66,8 @@ class Evaluator:
         found: list[list[tuple[float, float]]] = [[] for _ in range(self.env.lanes)]
         obs, state = self.env.reset(), self.net.initial_state(self.env.lanes, self.env.device)
         for _ in range(limit):
-            noise = None if self.greedy else self.net.draw((self.env.lanes,), self.generator)
             with precision(self.env.device, self._bf16):
-                action, _, state = self.algorithm.act(self.net, obs, state, noise)
+                action, _, state = self.algorithm.act(self.net, obs, state, self._explore())
             step = self.env.step(action)
             obs = step.obs
             if state.shape[-1]:
@@ -91,12 +90,14 @@ class Evaluator:
         obs, state = self.env.reset(), self.net.initial_state(self.env.lanes, self.env.device)
         for _ in range(steps):
             yield self.env.render()
-            noise = None if self.greedy else self.net.draw((self.env.lanes,), self.generator)
-            action, _, state = self.algorithm.act(self.net, obs, state, noise)
+            action, _, state = self.algorithm.act(self.net, obs, state, self._explore())
             obs, _, terminated, truncated, _, _ = self.env.step(action)
             if terminated[0] or truncated[0]:
                 yield self.env.render()
                 return
+
+    def _explore(self) -> Explore | None:
+        return None if self.greedy else sampled(self.algorithm, self.net, self.env.lanes, self.generator)
 
     def state(self) -> dict[str, Any]:
         """When the next evaluation falls due, and what decides its episodes, where the environment can save that."""

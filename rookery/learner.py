@@ -1,18 +1,19 @@
-"""What a learner does: make updates from unrolls, whatever the algorithm."""
+"""What a learner does: make updates from unrolls or replay, whatever the algorithm."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rookery.algorithms.base import Algorithm, Batch, Loss, OnPolicy, PolicyNet
+from rookery.algorithms.base import Algorithm, Batch, Loss, Now, OnPolicy, Part, PolicyNet, ReplayPlan, flat
 from rookery.nn.compiled import compiled, precision
-from rookery.nn.flat import FlatParameters, snapshot
+from rookery.nn.flat import snapshot
 
-__all__ = ["Learner", "NonFinite"]
+__all__ = ["Learner", "NonFinite", "minibatches"]
 
 
 class NonFinite(RuntimeError):
@@ -20,7 +21,7 @@ class NonFinite(RuntimeError):
 
 
 class Learner:
-    """The network being learnt, its optimiser, and one update at a time.
+    """The network being learnt, its optimiser and its slow copy, and one round of updates at a time.
 
     Args:
         net: from `algorithm.networks`, on the device to learn on.
@@ -42,51 +43,70 @@ class Learner:
         bf16: bool = False,
     ) -> None:
         self.algorithm, self.net, self.total_steps = algorithm, net, total_steps
-        self.flat = FlatParameters(net)
+        self.flat = flat(algorithm, net)
         self.device = next(net.parameters()).device
-        self.lr = torch.tensor(algorithm.lr, device=self.device)
+        self.target_net = copy.deepcopy(net).requires_grad_(False) if algorithm.target else None
+        self._target_flat = flat(algorithm, self.target_net) if self.target_net else None
+        self.parts = algorithm.parts(net) or {"all": Part(list(net.parameters()))}
+        self.lr = {name: torch.tensor(part.lr or algorithm.lr, device=self.device) for name, part in self.parts.items()}
+        self.optimizers = {
+            name: algorithm.optimizer([self.flat.groups[name]], self.lr[name])
+            for name in self.parts
+            if name in self.flat.groups
+        }
         self.remaining = torch.ones((), device=self.device)  # share of the run ahead
-        self.optimizer = algorithm.optimizer(self.flat.groups, self.lr)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.steps = self.updates = 0
         self.version = 1  # of the weights; 0 is before the first
+        self._sums: dict[str, Tensor] = {}  # of the metrics not yet reported, by their names; their number comes last
+        self._one = torch.ones((), device=self.device)
         self._bf16 = bf16
         self._loss = compiled(self._evaluate, graphs) if compile else self._evaluate
 
-    def _evaluate(self, batch: Batch) -> Loss:
+    def _evaluate(self, batch: Batch, moves: tuple[str, ...]) -> Loss:
         with precision(self.device, self._bf16):
-            return self.algorithm.loss(self.net, None, batch, self.remaining)
+            return self.algorithm.loss(self.net, self.target_net, batch, Now(self.remaining, moves))
 
-    def update(self, unroll: Batch) -> dict[str, float]:
-        """Learn from a batch of unrolls, `[T+1, B, ...]`, and give the mean of the loss's metrics.
+    def update(self, data: Batch, steps: int) -> Tensor | None:
+        """Learn from a batch of unrolls `[T+1, B, ...]` or from samples of replay; gives the samples' new priorities.
+
+        Args:
+            steps: of the run, these data included.
 
         Raises:
             NonFinite: before any weight is touched by a NaN or an infinity.
         """
         remaining = max(0.0, 1 - self.steps / self.total_steps)
         self.remaining.fill_(remaining)
-        self.lr.fill_(self.algorithm.learning_rate(remaining))
-        with torch.no_grad():
-            data = self.algorithm.prepare(self.net, unroll)
-        metrics: list[dict[str, Tensor]] = []
-        for minibatch in self._minibatches(data, self.algorithm.plan):
-            loss = self._loss(minibatch)
+        annealed = self.algorithm.learning_rate(remaining) / self.algorithm.lr
+        for name, lr in self.lr.items():
+            lr.fill_((self.parts[name].lr or self.algorithm.lr) * annealed)
+        plan, priorities = self.algorithm.plan, []
+        rows = data
+        if isinstance(plan, OnPolicy):
+            with torch.no_grad():
+                rows = self.algorithm.prepare(self.net, data)
+        for minibatch in minibatches(plan, rows, self.generator):
+            minibatch |= self.algorithm.noise(self.net, minibatch, self.generator)
+            moves = tuple(name for name, part in self.parts.items() if (self.updates + 1) % part.every == 0)
+            loss = self._loss(minibatch, moves)
             if loss.stop is not None and loss.stop:
                 break
-            metrics.append({**loss.metrics, "grad_norm": self._minimise(loss, minibatch)})
+            self._minimise(loss, minibatch, moves)
+            if loss.priorities is not None:
+                priorities.append(loss.priorities.clone())
         with torch.no_grad():
-            self.algorithm.finish(self.net, unroll)
-        self.steps += int(unroll["valid"][:-1].sum())
+            self.algorithm.finish(self.net, data)
+        self.steps = steps
         self.version += 1
-        names = metrics[0] if metrics else {}
-        means = {name: float(torch.stack([each[name] for each in metrics]).mean()) for name in names}
-        return {**means, "lr": float(self.lr), "updates": self.updates}
+        return torch.cat(priorities) if priorities else None
 
-    def _minimise(self, loss: Loss, minibatch: Batch) -> Tensor:
-        """One optimiser step; gives the norm of the gradient before it was clipped."""
+    def _minimise(self, loss: Loss, minibatch: Batch, moves: tuple[str, ...]) -> None:
+        """One optimiser step, and the target network's."""
         self.flat.zero_grad()
         loss.loss.backward()
-        gradients = [group.grad for group in self.flat.groups.values() if group.grad is not None]
+        groups = [self.flat.groups[name].grad for name in moves if name in self.optimizers]
+        gradients = [gradient for gradient in groups if gradient is not None]
         norm = torch.linalg.vector_norm(gradients[0] if len(gradients) == 1 else torch.cat(gradients))
         if not torch.isfinite(norm):
             raise NonFinite(self._first_non_finite(loss, minibatch))
@@ -94,28 +114,41 @@ class Learner:
             scale = (self.algorithm.max_grad_norm / (norm + 1e-6)).clamp(max=1)
             for gradient in gradients:
                 gradient.mul_(scale)
-        self.optimizer.step()
+        for name in moves:
+            if name in self.optimizers:
+                self.optimizers[name].step()
         self.updates += 1
-        return norm
+        self._move_target()
+        self._add({**loss.metrics, "grad_norm": norm})
 
-    def _minibatches(self, data: Batch, plan: OnPolicy) -> Iterator[Batch]:
-        """Shuffled minibatches of each epoch: whole lanes `[T, b]`, or single rows `[n]`."""
-        state, rows = data.pop("state"), data
-        if not plan.sequences:
-            rows = {name: value.flatten(0, 1) for name, value in rows.items()}
-        axis = 1 if plan.sequences else 0
-        count = rows["valid"].shape[axis]
-        if plan.epochs * plan.minibatches == 1:
-            yield {**rows, "state": state}
+    @torch.no_grad()
+    def _move_target(self) -> None:
+        """target ← (1−τ)·target + τ·network, where that falls due; buffers are copied."""
+        target = self.algorithm.target
+        if target is None or self._target_flat is None or self.target_net is None or self.updates % target.period:
             return
-        for _ in range(plan.epochs):
-            order = torch.randperm(count, generator=self.generator, device=self.device)
-            shuffled = {name: _take(value, order, axis) for name, value in rows.items()}
-            lanes = state[order] if plan.sequences else state[:0]  # single rows are only learnt without memory
-            size = count // plan.minibatches
-            for start in range(0, count, size):
-                part = {name: _narrow(value, axis, start, size) for name, value in shuffled.items()}
-                yield {**part, "state": lanes[start : start + size]}
+        for slow, fast in zip(self._target_flat.groups.values(), self.flat.groups.values(), strict=True):
+            slow.lerp_(fast, target.tau)
+        for slow, fast in zip(self.target_net.buffers(), self.net.buffers(), strict=True):
+            slow.copy_(fast)
+
+    def _add(self, metrics: dict[str, Tensor]) -> None:
+        """Add an update's numbers to those that are not yet reported; updates differ in which they have."""
+        values = torch.stack([*(value.detach().float() for value in metrics.values()), self._one])
+        names = ",".join(metrics)
+        self._sums[names] = self._sums[names] + values if names in self._sums else values
+
+    def metrics(self) -> dict[str, float]:
+        """The means of what the updates since the last call said, and where the learner stands."""
+        totals: dict[str, list[float]] = {}
+        for names, sums in self._sums.items():
+            *values, count = sums.tolist()
+            for name, value in zip(names.split(","), values, strict=True):
+                before, counted = totals.get(name, (0.0, 0.0))
+                totals[name] = [before + value, counted + count]
+        self._sums = {}
+        means = {name: total / count for name, (total, count) in totals.items()}
+        return {**means, "lr": float(next(iter(self.lr.values()))), "updates": self.updates}
 
     def values(self) -> dict[str, Tensor]:
         """A copy of the weights to publish."""
@@ -134,26 +167,69 @@ class Learner:
         )
 
     def state(self) -> dict[str, Any]:
-        """Weights, optimiser, counters and random generator."""
-        optimizer = {str(i): dict(state) for i, state in enumerate(self.optimizer.state.values())}
+        """Weights, the target network's too, optimiser, counters, unreported metrics and random generator."""
+        states = [state for optimizer in self.optimizers.values() for state in optimizer.state.values()]
         return {
             "net": dict(self.net.state_dict()),
-            "optimizer": optimizer,
+            **({"target": dict(self.target_net.state_dict())} if self.target_net else {}),
+            "optimizer": {str(index): dict(state) for index, state in enumerate(states)},
             "shuffle": self.generator.get_state(),
             "counts": {"steps": self.steps, "updates": self.updates, "version": self.version},
+            "metrics": dict(self._sums),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from where `state()` was taken."""
         self.net.load_state_dict(state["net"])
-        groups = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        for parameter, saved in zip(groups, state["optimizer"].values(), strict=False):
-            self.optimizer.state[parameter] = {
+        if self.target_net is not None:
+            self.target_net.load_state_dict(state["target"])
+        steppers = [
+            (optimizer, parameter)
+            for optimizer in self.optimizers.values()
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ]
+        for (optimizer, parameter), saved in zip(steppers, state["optimizer"].values(), strict=False):
+            optimizer.state[parameter] = {
                 name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in saved.items()
             }
         self.generator.set_state(state["shuffle"])
+        self._sums = {names: sums.to(self.device) for names, sums in state.get("metrics", {}).items()}
         for name, value in state["counts"].items():
             setattr(self, name, value)
+
+
+def minibatches(plan: OnPolicy | ReplayPlan, data: Batch, generator: torch.Generator) -> Iterator[Batch]:
+    """What each update learns from.
+
+    Of unrolls, the shuffled minibatches of each epoch: whole lanes `[T, b]`, or single rows `[n]`. Of samples, as many
+    as the plan says, in the order they were drawn.
+    """
+    if isinstance(plan, ReplayPlan):
+        axis = 1 if plan.sequence else 0
+        for start in range(0, data["reward"].shape[axis], plan.batch):
+            along = {name: 0 if name in PER_SAMPLE else axis for name in data}
+            yield {name: _narrow(value, along[name], start, plan.batch) for name, value in data.items()}
+        return
+    state, rows = data.pop("state"), data
+    if not plan.sequences:
+        rows = {name: value.flatten(0, 1) for name, value in rows.items()}
+    axis = 1 if plan.sequences else 0
+    count = rows["valid"].shape[axis]
+    if plan.epochs * plan.minibatches == 1:
+        yield {**rows, "state": state}
+        return
+    for _ in range(plan.epochs):
+        order = torch.randperm(count, generator=generator, device=generator.device)
+        shuffled = {name: _take(value, order, axis) for name, value in rows.items()}
+        lanes = state[order] if plan.sequences else state[:0]  # single rows are only learnt without memory
+        size = count // plan.minibatches
+        for start in range(0, count, size):
+            part = {name: _narrow(value, axis, start, size) for name, value in shuffled.items()}
+            yield {**part, "state": lanes[start : start + size]}
+
+
+PER_SAMPLE = ("weight", "index", "state")  # of sampled sequences, these have no time dimension
 
 
 def _take(value: Any, order: Tensor, axis: int) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rookery.algorithms.base import Algorithm, Network, PolicyNet
+from rookery.algorithms.base import Algorithm, Network, PolicyNet, Refused, ReplayPlan, sampled
 from rookery.envs.make import BACKENDS, make_env, pick
 from rookery.envs.spec import EnvSpec
 from rookery.envs.transforms import Checked, transform
@@ -104,8 +104,8 @@ class Policy:
         """The greedy action for each lane; with a generator, a sampled one."""
         lanes = obs.shape[0]
         state = self.initial_state(lanes) if state is None else state
-        noise = None if generator is None else self.net.draw((lanes,), generator)
-        action, _, state = self.algorithm.act(self.net, obs, state, noise)
+        explore = None if generator is None else sampled(self.algorithm, self.net, lanes, generator)
+        action, _, state = self.algorithm.act(self.net, obs, state, explore)
         return action, state
 
 
@@ -254,6 +254,12 @@ def build(
         spec = one.spec
     options = options.resolved(spec)
     algorithm.check(spec, options.envs * options.actors)
+    plan = algorithm.plan
+    if isinstance(plan, ReplayPlan) and plan.learning_starts >= options.steps:
+        raise Refused(
+            f"learning_starts={plan.learning_starts} leaves nothing of the {options.steps} steps to learn in; use more "
+            f"steps, or learning_starts={options.steps // 10}."
+        )
     make_net = MakeNet(algorithm, spec, network, options.seed, options.device)
     make_net()  # what does not fit says so here
     return Run(RunFolder(Path()), algorithm, MakeEnv(env, options), make_net), options

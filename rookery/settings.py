@@ -38,6 +38,7 @@ class Options:
     threads: int = 0  # of torch; 0 takes one for vectors and every core for images
     frame_stack: int = 0  # frames an observation shows; 0 leaves it to the environment
     clip_reward: bool = False  # to [-1, 1], for learning only
+    save_replay: bool = True  # replay in checkpoints; without, a resumed run fills it anew before it learns on
     env_options: tuple[str, ...] = ()  # what the environment itself takes, as name=value with a JSON value
     log_every: int = 0  # steps between rows of metrics; 0 for 1/200 of the run
     eval_every: int = 0  # steps between evaluations, with a checkpoint each; 0 for 1/10 of the run
@@ -97,8 +98,9 @@ def resolve(
     if isinstance(system, Algorithm):
         _refuse_unknown(settings, names, f"a run (the algorithm's settings go into {type(system).__name__}(...))")
         return type(system).__name__.lower(), system, as_dataclass(Options, settings)
-    name, kind = find(system).name, find(system).algorithm_class()
-    merged = {**(recipe(name, env) if tuned and isinstance(env, str) else {}), **settings}
+    row = find(system)
+    name, kind = row.name, row.algorithm_class()
+    merged = {**row.preset, **(recipe(name, env) if tuned and isinstance(env, str) else {}), **settings}
     fields = {each.name for each in dataclasses.fields(kind)}  # type: ignore[arg-type]  # every algorithm is one
     _refuse_unknown(merged, fields | names, name)
     algorithm = as_dataclass(kind, {name: value for name, value in merged.items() if name in fields})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module, resources
 from typing import TYPE_CHECKING, Any
@@ -20,19 +20,32 @@ class System:
     """A named composition."""
 
     name: str
-    algorithm: str  # module:class, imported when it is used
-    topology: str  # module below rookery.topologies
+    algorithm: str  # module:class below rookery.algorithms, imported when it is used
     about: str
+    preset: dict[str, Any] = field(default_factory=dict)  # settings of the algorithm that make the system
+    topology: str = "actors_replay_learner"  # module below rookery.topologies
 
     def algorithm_class(self) -> type[Algorithm]:
         """The algorithm's dataclass."""
         module, _, name = self.algorithm.partition(":")
-        return getattr(import_module(module), name)
+        return getattr(import_module(f"rookery.algorithms.{module}"), name)
 
+
+RAINBOW = {"double": True, "dueling": True, "noisy": True, "n_step": 3, "alpha": 0.5}  # Hessel et al. 2018, table 1
 
 TABLE = (
-    System("ppo", "rookery.algorithms.ppo:PPO", "actors_learner", "clipped surrogate, several epochs an unroll"),
-    System("a2c", "rookery.algorithms.a2c:A2C", "actors_learner", "one policy-gradient step an unroll"),
+    System("ppo", "ppo:PPO", "clipped surrogate, several epochs an unroll", topology="actors_learner"),
+    System("a2c", "a2c:A2C", "one policy-gradient step an unroll", topology="actors_learner"),
+    System("dqn", "dqn:DQN", "Q-learning from replay, with later papers' parts as settings"),
+    System("c51", "c51:C51", "the distribution of returns on fixed atoms"),
+    System("qr_dqn", "qr_dqn:QRDQN", "the distribution of returns by fixed quantiles"),
+    System("iqn", "iqn:IQN", "the distribution of returns by sampled quantiles"),
+    System("rainbow", "c51:C51", "C51, double, dueling, noisy, prioritised, three-step", RAINBOW),
+    System("ddpg", "ddpg:DDPG", "a deterministic policy up the gradient of Q"),
+    System("td3", "td3:TD3", "DDPG with twin critics, smoothed targets, a delayed policy"),
+    System("sac", "sac:SAC", "twin critics and a policy of high entropy, continuous or discrete"),
+    System("d4pg", "d4pg:D4PG", "DDPG with a distribution of n-step returns"),
+    System("mpo", "mpo:MPO", "the policy moves to reweighted actions, within KL bounds"),
 )
 SYSTEMS = {system.name: system for system in TABLE}
 

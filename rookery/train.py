@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rookery.algorithms.base import Algorithm, Network
+from rookery.data.plan import ReplayPlan
 from rookery.run import Run, build, load, threads
 from rookery.runs.checkpoint import Checkpoints
 from rookery.runs.folder import RunFolder
@@ -106,8 +107,10 @@ def execute(run: Run, name: str, options: Options, quiet: bool = False, saved: d
         options.compile or options.cuda_graphs,
         options.cuda_graphs,
         options.precision == "bf16",
+        options.save_replay,
     )
-    topology = find(name).topology if name in SYSTEMS else "actors_learner"
+    topology = "actors_replay_learner" if isinstance(run.algorithm.plan, ReplayPlan) else "actors_learner"
+    topology = find(name).topology if name in SYSTEMS else topology
     graph = import_module(f"rookery.topologies.{topology}").wire(setting, options.seed, options.actors)
     with threads(options.threads), Keeper(run, options, quiet, saved) as keeper:
         state = Inline(keeper.report).run(graph, keeper.between, None if saved is None else saved["run"])
@@ -134,6 +137,8 @@ class Keeper:
             self.recorder.load_state(saved["recorder"])
             if not quiet and "env" not in saved["run"]["roles"].get("actor_0", {}):
                 print("This environment cannot save its state: episodes begin anew.")
+            if not quiet and "store" not in saved["run"]["words"].get("replay", {"store": None}):
+                print("The checkpoint holds no replay (save_replay=False): it is filled anew before learning goes on.")
 
     def __enter__(self) -> Keeper:
         self._handlers = {}

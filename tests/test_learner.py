@@ -14,13 +14,13 @@ from torch import Tensor
 
 from rookery.actor import Collector
 from rookery.algorithms.a2c import A2C
-from rookery.algorithms.base import Algorithm, Batch, Loss, OnPolicy
+from rookery.algorithms.base import Algorithm, Batch, Loss, Now, OnPolicy
 from rookery.algorithms.ppo import PPO
 from rookery.envs.make import make_env
 from rookery.estimators import valid_mean
-from rookery.learner import Learner, NonFinite
+from rookery.learner import Learner, NonFinite, minibatches
 
-ONE = torch.tensor(1.0)
+NOW = Now(torch.tensor(1.0))
 SMALL: dict[str, Any] = {"unroll": 12, "hidden": (16,), "anneal": False}
 ENVS = {
     "discrete": ("tensor:CartPole-v1", {"max_steps": 5}),
@@ -50,6 +50,12 @@ def collected(algorithm: Algorithm, env: str = "discrete", lanes: int = 6, seed:
     return net, batch
 
 
+def learn(learner: Learner, unroll: Batch) -> dict[str, float]:
+    """One round of updates; the metrics it reports."""
+    learner.update(dict(unroll), learner.steps + int(unroll["valid"][:-1].sum()))
+    return learner.metrics()
+
+
 def prepared(algorithm: Algorithm, net: Any, unroll: Batch) -> Batch:
     """What the loss reads, in the shape of a single minibatch."""
     with torch.no_grad():
@@ -61,7 +67,7 @@ def prepared(algorithm: Algorithm, net: Any, unroll: Batch) -> Batch:
 
 def gradient(algorithm: Algorithm, net: Any, batch: Batch) -> Tensor:
     net.zero_grad()
-    algorithm.loss(net, None, batch, ONE).loss.backward()
+    algorithm.loss(net, None, batch, NOW).loss.backward()
     return torch.cat([parameter.grad.flatten() for parameter in net.parameters() if parameter.grad is not None])
 
 
@@ -77,8 +83,8 @@ def ppo_loss(log_prob: Tensor, said: Tensor | None = None, **batch: Any) -> Loss
     names = dict.fromkeys(("obs", "action", "state", "start"))
     settings = {name: batch.pop(name) for name in ("clip", "clip_value", "anneal") if name in batch}
     given = {**names, **zeros, "valid": torch.ones(rows, dtype=torch.bool), **batch}
-    remaining = given.pop("remaining", ONE)
-    return PPO(**{"anneal": False, **settings}).loss(lambda *_: ((policy, said), None), None, given, remaining)
+    now = Now(given.pop("remaining", NOW.remaining))
+    return PPO(**{"anneal": False, **settings}).loss(lambda *_: ((policy, said), None), None, given, now)
 
 
 def test_ppo_surrogate_golden() -> None:
@@ -162,7 +168,7 @@ def test_invalid_rows_teach_nothing(env: str, memory: Any, algorithm: Any) -> No
     algorithm = algorithm(**SMALL, memory=memory, memory_size=8)
     net, unroll = collected(algorithm, env)
     batch = prepared(algorithm, net, unroll)
-    before = algorithm.loss(net, None, batch, ONE)
+    before = algorithm.loss(net, None, batch, NOW)
     expected = gradient(algorithm, net, batch)
 
     changed = dict(batch)
@@ -176,7 +182,7 @@ def test_invalid_rows_teach_nothing(env: str, memory: Any, algorithm: Any) -> No
         noise = torch.randn(batch["obs"].shape, generator=generator)
         changed["obs"] = torch.where(batch["valid"].view(shape), batch["obs"], noise)
 
-    after = algorithm.loss(net, None, changed, ONE)
+    after = algorithm.loss(net, None, changed, NOW)
     for name in before.metrics:
         torch.testing.assert_close(after.metrics[name], before.metrics[name], msg=name)
     torch.testing.assert_close(gradient(algorithm, net, changed), expected)
@@ -221,15 +227,15 @@ def learner_of(algorithm: Algorithm, **collecting: Any) -> tuple[Learner, Batch]
 def test_kl_stop_leaves_out_the_rest_of_a_batch() -> None:
     settings = {**SMALL, "epochs": 4, "minibatches": 2, "lr": 1e-2}
     free, unroll = learner_of(PPO(**settings))
-    free.update(dict(unroll))
+    learn(free, unroll)
     assert free.updates == 8
     stopped, unroll = learner_of(PPO(**settings, target_kl=1e-5))
-    metrics = stopped.update(dict(unroll))
+    metrics = learn(stopped, unroll)
     assert 1 <= stopped.updates < 8
     assert metrics["updates"] == stopped.updates
     assert metrics["approx_kl"] <= 1e-5  # of the minibatches that were learnt from
     patient, unroll = learner_of(PPO(**settings, target_kl=1e5))
-    patient.update(dict(unroll))
+    learn(patient, unroll)
     assert patient.updates == 8
     for mine, theirs in zip(free.net.parameters(), patient.net.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -239,8 +245,8 @@ def test_kl_stop_leaves_out_the_rest_of_a_batch() -> None:
 class Sgd(A2C):
     """A2C whose step is its gradient."""
 
-    def optimizer(self, groups: Any, lr: Tensor) -> torch.optim.Optimizer:
-        return torch.optim.SGD(groups.values(), lr=lr)
+    def optimizer(self, parameters: Any, lr: Tensor) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=lr)
 
 
 @pytest.mark.parametrize("most", [None, 0.05, 1e6])
@@ -249,7 +255,7 @@ def test_gradient_clipping(most: float | None) -> None:
     learner, unroll = learner_of(algorithm)
     before = learner.flat.values()
     exact = gradient(algorithm, learner.net, prepared(algorithm, learner.net, unroll)).norm()
-    metrics = learner.update(dict(unroll))
+    metrics = learn(learner, unroll)
     moved = before - learner.flat.values()
     torch.testing.assert_close(torch.tensor(metrics["grad_norm"]), exact)  # before clipping
     assert exact > 0.05
@@ -259,14 +265,14 @@ def test_gradient_clipping(most: float | None) -> None:
 
 def test_annealing_follows_the_steps() -> None:
     learner, unroll = learner_of(PPO(**{**SMALL, "anneal": True}, lr=1e-3))
-    first = learner.update(dict(unroll))
+    first = learn(learner, unroll)
     assert math.isclose(first["lr"], 1e-3, rel_tol=1e-6)
     assert learner.steps == int(unroll["valid"][:-1].sum())
     learner.steps = 7_500
-    assert math.isclose(learner.update(dict(unroll))["lr"], 0.25e-3, rel_tol=1e-6)
+    assert math.isclose(learn(learner, unroll)["lr"], 0.25e-3, rel_tol=1e-6)
     assert float(learner.remaining) == 0.25
     learner.steps = 20_000
-    assert learner.update(dict(unroll))["lr"] == 0.0
+    assert learn(learner, unroll)["lr"] == 0.0
 
 
 @pytest.mark.parametrize("sequences", [False, True])
@@ -275,7 +281,7 @@ def test_every_epoch_sees_every_row_once(sequences: bool) -> None:
     steps, lanes = 6, 8
     rows = torch.arange(steps * lanes).view(steps, lanes)
     data = {"row": rows, "valid": torch.ones(steps, lanes, dtype=torch.bool), "state": torch.arange(lanes).unsqueeze(1)}
-    parts = list(learner._minibatches(data, OnPolicy(steps, epochs=3, minibatches=4, sequences=sequences)))
+    parts = list(minibatches(OnPolicy(steps, epochs=3, minibatches=4, sequences=sequences), data, learner.generator))
     assert len(parts) == 12
     orders = []
     for epoch in range(3):
@@ -292,12 +298,12 @@ def test_every_epoch_sees_every_row_once(sequences: bool) -> None:
 def test_state_goes_on_bit_for_bit() -> None:
     algorithm = PPO(**SMALL, normalize_obs=True, epochs=2, minibatches=2)
     one, unroll = learner_of(algorithm)
-    one.update(dict(unroll))
+    learn(one, unroll)
     saved = {name: _copy(value) for name, value in one.state().items()}
-    one.update(dict(unroll))
+    learn(one, unroll)
     two, _ = learner_of(algorithm, seed=5)
     two.load_state(saved)
-    two.update(dict(unroll))
+    learn(two, unroll)
     for (name, mine), theirs in zip(one.net.state_dict().items(), two.net.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
     assert (one.steps, one.updates, one.version) == (two.steps, two.updates, two.version)
@@ -319,7 +325,7 @@ def test_a_nan_in_the_data_stops_before_the_weights(name: str, message: str) -> 
     unroll[name][2, 1] = float("nan")
     before = learner.flat.values()
     with pytest.raises(NonFinite, match=rf"^{message} is not finite at update \d+ \(step 0\)"):
-        learner.update(unroll)
+        learn(learner, unroll)
     if learner.updates == 0:
         assert torch.equal(learner.flat.values(), before)
     assert learner.flat.values().isfinite().all()
@@ -328,13 +334,13 @@ def test_a_nan_in_the_data_stops_before_the_weights(name: str, message: str) -> 
 def test_a_nan_in_the_loss_is_named() -> None:
     @dataclass(frozen=True)
     class Broken(A2C):
-        def loss(self, net: Any, target: None, batch: Batch, remaining: Tensor) -> Loss:
-            loss = super().loss(net, target, batch, remaining)
+        def loss(self, net: Any, target: None, batch: Batch, now: Now) -> Loss:
+            loss = super().loss(net, target, batch, now)
             return loss._replace(loss=loss.loss * math.nan, metrics={**loss.metrics, "own": loss.loss.detach() / 0})
 
     learner, unroll = learner_of(Broken(**SMALL))
     with pytest.raises(NonFinite, match="the loss's own is not finite at update 1"):
-        learner.update(unroll)
+        learn(learner, unroll)
 
 
 def test_algorithms_are_their_settings() -> None:

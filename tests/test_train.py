@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import rookery
 from rookery import PPO
-from rookery.algorithms.base import Batch, Loss, Refused
+from rookery.algorithms.base import Batch, Loss, Now, Refused
 from rookery.envs.spec import EnvSpec
 from rookery.envs.tensor.classic_control import CartPole
 from rookery.envs.vector import EnvError, Obs, Step
@@ -221,8 +221,8 @@ class MyPPO(PPO):
 
     weight: float = 0.5  # of the extra term
 
-    def loss(self, net: Any, target: None, batch: Batch, remaining: Tensor) -> Loss:
-        loss = super().loss(net, target, batch, remaining)
+    def loss(self, net: Any, target: None, batch: Batch, now: Now) -> Loss:
+        loss = super().loss(net, target, batch, now)
         (_, value), _ = net(batch["obs"], batch["state"], batch["start"])
         extra = self.weight * value.square().mean()
         return loss._replace(loss=loss.loss + extra, metrics={**loss.metrics, "extra": extra.detach()})
@@ -419,9 +419,9 @@ def test_weights_that_explode(tmp_path: Path) -> None:
 class NanPPO(PPO):
     """Its loss is NaN from half of the run on."""
 
-    def loss(self, net: Any, target: None, batch: Batch, remaining: Tensor) -> Loss:
-        loss = super().loss(net, target, batch, remaining)
-        return loss._replace(loss=loss.loss * torch.where(remaining < 0.5, float("nan"), 1.0))
+    def loss(self, net: Any, target: None, batch: Batch, now: Now) -> Loss:
+        loss = super().loss(net, target, batch, now)
+        return loss._replace(loss=loss.loss * torch.where(now.remaining < 0.5, float("nan"), 1.0))
 
 
 def test_a_loss_that_becomes_nan(tmp_path: Path) -> None:

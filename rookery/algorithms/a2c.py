@@ -18,8 +18,10 @@ from rookery.algorithms.base import (
     Acted,
     Algorithm,
     Batch,
+    Explore,
     Loss,
     Network,
+    Now,
     OnPolicy,
     scaled_reward,
     update_norms,
@@ -64,9 +66,9 @@ class A2C(Algorithm):
         shape = (self.hidden, self.activation, self.memory, self.memory_size)
         return ActorCritic(spec, *shape, self.normalize_obs, self.normalize_reward, network)
 
-    def act(self, net: ActorCritic, obs: Obs, state: Tensor, explore: Tensor | None) -> Acted:
+    def act(self, net: ActorCritic, obs: Obs, state: Tensor, explore: Explore | None) -> Acted:
         (policy, value), state = net(obs, state)
-        action = policy.mode() if explore is None else policy.sample(explore)
+        action = policy.mode() if explore is None else policy.sample(explore.noise)
         return Acted(action, {"value": value}, state)
 
     def prepare(self, net: ActorCritic, unroll: Batch) -> Batch:
@@ -76,7 +78,7 @@ class A2C(Algorithm):
         kept = {name: unroll[name][:-1] for name in ("obs", "action", "valid", "start")}
         return {**kept, "advantage": advantage, "target": advantage + value[:-1], "state": unroll["state"]}
 
-    def loss(self, net: ActorCritic, target: None, batch: Batch, remaining: Tensor) -> Loss:
+    def loss(self, net: ActorCritic, target: None, batch: Batch, now: Now) -> Loss:
         valid = batch["valid"]
         (policy, value), _ = net(batch["obs"], batch["state"], batch["start"])
 
@@ -91,8 +93,8 @@ class A2C(Algorithm):
     def finish(self, net: ActorCritic, unroll: Batch) -> None:
         update_norms(net, unroll)
 
-    def optimizer(self, groups: dict[str, nn.Parameter], lr: Tensor) -> Optimizer:
-        return torch.optim.RMSprop(groups.values(), lr=lr, alpha=0.99, eps=1e-5)
+    def optimizer(self, parameters: list[nn.Parameter], lr: Tensor) -> Optimizer:
+        return torch.optim.RMSprop(parameters, lr=lr, alpha=0.99, eps=1e-5)
 
     def learning_rate(self, remaining: float) -> float:
         return self.lr * remaining if self.anneal else self.lr

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
+from rookery.data.plan import OnPolicy, Refused, ReplayPlan
 from rookery.nn.adam import Adam, Optimizer
+from rookery.nn.flat import FlatParameters
 from rookery.nn.policy import PolicyNet
 
 if TYPE_CHECKING:
@@ -19,11 +22,18 @@ __all__ = [
     "Acted",
     "Algorithm",
     "Batch",
+    "Explore",
     "Loss",
     "Network",
+    "Now",
     "OnPolicy",
+    "Part",
     "PolicyNet",
     "Refused",
+    "ReplayPlan",
+    "Target",
+    "flat",
+    "sampled",
     "scaled_reward",
     "update_norms",
 ]
@@ -32,8 +42,11 @@ Batch = dict[str, Any]  # what a loss reads: tensors (structured observations: T
 Network = nn.Module | Callable[["EnvSpec"], nn.Module]
 
 
-class Refused(ValueError):
-    """A combination that cannot work, refused before anything is built; the message says what would work."""
+class Explore(NamedTuple):
+    """What exploring in B lanes takes, drawn outside of `act`, so that what is compiled holds no generator."""
+
+    noise: Tensor  # [B, N] from `net.draw`
+    scale: Tensor  # [B] from `algorithm.exploration`: ε, or a standard deviation; policies that sample ignore it
 
 
 class Acted(NamedTuple):
@@ -53,35 +66,32 @@ class Loss(NamedTuple):
     stop: Tensor | None = None  # [] bool: leave out the rest of this batch's updates
 
 
-@dataclass(frozen=True)
-class OnPolicy:
-    """Data plan: each unroll is learnt from at once, in shuffled minibatches, and then dropped."""
+class Now(NamedTuple):
+    """Where an update stands in the run."""
 
-    unroll: int  # T, steps of an unroll
-    epochs: int = 1  # passes over the unrolls
-    minibatches: int = 1  # updates an epoch
-    sequences: bool = False  # minibatches are whole lanes, in order of time, for recurrent networks
+    remaining: Tensor  # [] from 1 to 0 over the run: drives annealing
+    moves: tuple[str, ...] = ("all",)  # the parts whose parameters this update moves
 
-    def __post_init__(self) -> None:
-        for name in ("unroll", "epochs", "minibatches"):
-            if getattr(self, name) < 1:
-                raise Refused(f"{name}={getattr(self, name)} leaves nothing to learn from; use 1 or more.")
 
-    def check(self, lanes: int) -> None:
-        """Refuse minibatches that do not divide what an update has."""
-        whole = lanes if self.sequences else self.unroll * lanes
-        if whole % self.minibatches:
-            nearest = min((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: abs(n - self.minibatches))
-            what = f"{lanes} lanes" if self.sequences else f"{whole} samples"
-            raise Refused(
-                f"minibatches={self.minibatches} does not divide the {what} of an update "
-                f"(unroll={self.unroll} × envs={lanes}); use {nearest} instead."
-            )
+class Part(NamedTuple):
+    """Parameters that are stepped alike."""
+
+    parameters: list[nn.Parameter]
+    lr: float | None = None  # their own step size, annealed as the algorithm's is; None takes the algorithm's
+    every: int = 1  # updates a step
+
+
+class Target(NamedTuple):
+    """A slow copy of the network: target ← (1−τ)·target + τ·network after every `period` updates."""
+
+    period: int = 1  # updates
+    tau: float = 1.0  # τ; 1 copies
+
 
 
 # Settings by name, and what they have to be.
-POSITIVE = {"lr", "max_grad_norm", "clip", "target_kl", "memory_size"}
-SHARES = {"gamma", "lam"}
+POSITIVE = {"lr", "max_grad_norm", "clip", "target_kl", "memory_size", "target_period", "tau"}
+SHARES = {"gamma", "lam", "tau", "alpha", "beta", "epsilon", "epsilon_start"}
 NOT_NEGATIVE = {"value_coef", "entropy_coef"}
 
 
@@ -113,7 +123,7 @@ class Algorithm:
     gamma: float  # discount
 
     @property
-    def plan(self) -> OnPolicy:
+    def plan(self) -> OnPolicy | ReplayPlan:
         """Which data the loss eats."""
         raise NotImplementedError
 
@@ -121,32 +131,68 @@ class Algorithm:
         """Every network the loss needs, as one module; `network` replaces the part between observation and heads."""
         raise NotImplementedError
 
-    def act(self, net: Any, obs: Obs, state: Tensor, explore: Tensor | None) -> Acted:
-        """Choose actions for B lanes; `explore` is `[B, N]` noise from `net.draw`, None for the greedy action."""
+    @property
+    def target(self) -> Target | None:
+        """The slow copy of the network that `loss` is handed, if it needs one."""
+        return None
+
+    def parts(self, net: Any) -> dict[str, Part] | None:
+        """The network's parameters by how they are stepped; None steps all of them alike, as the part "all"."""
+        return None
+
+    def exploration(self, steps: int, place: Tensor) -> Tensor | float:
+        """How much to explore after so many steps of the run, `[B]` or one number: `Explore.scale`.
+
+        Args:
+            place: `[B]` where a lane stands among all lanes of the run, from 0 for the first to 1 for the last.
+        """
+        return 1.0
+
+    def act(self, net: Any, obs: Obs, state: Tensor, explore: Explore | None) -> Acted:
+        """Choose actions for B lanes; without `explore`, greedy ones."""
         raise NotImplementedError
 
     def prepare(self, net: Any, unroll: Batch) -> Batch:
-        """Once per batch of unrolls `[T+1, B]`, without gradient: advantages, targets. Gives `[T, B, ...]` tensors."""
+        """Once per batch of unrolls `[T+1, B]`, without gradient: advantages, targets. Gives `[T, B, ...]` tensors.
+
+        What comes from replay is handed to `loss` as it was sampled.
+        """
         raise NotImplementedError
 
-    def loss(self, net: Any, target: Any, batch: Batch, remaining: Tensor) -> Loss:
-        """The loss of a minibatch; `remaining` runs from 1 to 0 over the run and drives annealing."""
+    def noise(self, net: Any, batch: Batch, generator: torch.Generator) -> Batch:
+        """Random numbers that the loss of this minibatch takes, by name; drawn outside as those of `act` are."""
+        return {}
+
+    def loss(self, net: Any, target: Any, batch: Batch, now: Now) -> Loss:
+        """The loss of a minibatch (with its `noise`); `target` is the slow copy, if one is declared."""
         raise NotImplementedError
 
-    def finish(self, net: Any, unroll: Batch) -> None:
+    def finish(self, net: Any, data: Batch) -> None:
         """After a batch's last update, without gradient: running statistics that live in the network."""
 
     def check(self, spec: EnvSpec, lanes: int) -> None:
         """Refuse what cannot work with this environment and so many lanes, before anything is built."""
         self.plan.check(lanes)
 
-    def optimizer(self, groups: dict[str, nn.Parameter], lr: Tensor) -> Optimizer:
-        """The one optimiser, over one flat parameter a group; `lr` is a 0-d tensor the learner anneals in place."""
-        return Adam(groups.values(), lr)
+    def optimizer(self, parameters: list[nn.Parameter], lr: Tensor) -> Optimizer:
+        """The optimiser of a part, over its flat parameter; `lr` is a 0-d tensor that the learner anneals in place."""
+        return Adam(parameters, lr)
 
     def learning_rate(self, remaining: float) -> float:
         """Step size with `remaining` (1 to 0) of the run ahead."""
         return self.lr
+
+
+def flat(algorithm: Algorithm, net: nn.Module) -> FlatParameters:
+    """The network's parameters as one flat tensor for each of the algorithm's parts."""
+    parts = algorithm.parts(net)
+    return FlatParameters(net, None if parts is None else {name: part.parameters for name, part in parts.items()})
+
+
+def sampled(algorithm: Algorithm, net: PolicyNet, lanes: int, generator: torch.Generator) -> Explore:
+    """What acting as at the end of training takes: noise for so many lanes, and the exploration that is left."""
+    place = torch.zeros(lanes, device=generator.device)
+    return Explore(net.draw((lanes,), generator), place + algorithm.exploration(sys.maxsize, place))
 
 
 def scaled_reward(net: Any, unroll: Batch) -> Tensor:

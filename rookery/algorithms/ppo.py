@@ -20,8 +20,10 @@ from rookery.algorithms.base import (
     Acted,
     Algorithm,
     Batch,
+    Explore,
     Loss,
     Network,
+    Now,
     OnPolicy,
     scaled_reward,
     update_norms,
@@ -71,11 +73,11 @@ class PPO(Algorithm):
         shape = (self.hidden, self.activation, self.memory, self.memory_size)
         return ActorCritic(spec, *shape, self.normalize_obs, self.normalize_reward, network)
 
-    def act(self, net: ActorCritic, obs: Obs, state: Tensor, explore: Tensor | None) -> Acted:
+    def act(self, net: ActorCritic, obs: Obs, state: Tensor, explore: Explore | None) -> Acted:
         (policy, value), state = net(obs, state)
         if explore is None:
             return Acted(policy.mode(), {}, state)
-        action = policy.sample(explore)
+        action = policy.sample(explore.noise)
         return Acted(action, {"log_prob": policy.log_prob(action), "value": value}, state)
 
     def prepare(self, net: ActorCritic, unroll: Batch) -> Batch:
@@ -85,8 +87,8 @@ class PPO(Algorithm):
         kept = {name: unroll[name][:-1] for name in ("obs", "action", "log_prob", "value", "valid", "start")}
         return {**kept, "advantage": advantage, "target": advantage + value[:-1], "state": unroll["state"]}
 
-    def loss(self, net: ActorCritic, target: None, batch: Batch, remaining: Tensor) -> Loss:
-        valid, clip = batch["valid"], self.clip * remaining if self.anneal else self.clip
+    def loss(self, net: ActorCritic, target: None, batch: Batch, now: Now) -> Loss:
+        valid, clip = batch["valid"], self.clip * now.remaining if self.anneal else self.clip
         (policy, value), _ = net(batch["obs"], batch["state"], batch["start"])
 
         advantage = batch["advantage"]
@@ -121,8 +123,8 @@ class PPO(Algorithm):
     def finish(self, net: ActorCritic, unroll: Batch) -> None:
         update_norms(net, unroll)
 
-    def optimizer(self, groups: dict[str, nn.Parameter], lr: Tensor) -> Optimizer:
-        return Adam(groups.values(), lr, eps=1e-5)
+    def optimizer(self, parameters: list[nn.Parameter], lr: Tensor) -> Optimizer:
+        return Adam(parameters, lr, eps=1e-5)
 
     def learning_rate(self, remaining: float) -> float:
         return self.lr * remaining if self.anneal else self.lr

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any
 
+from rookery.runtimes.limiter import RateLimiter
 from rookery.runtimes.words import Graph, Part, Published, RoleSpec, Stateful, WordSpec
 
 __all__ = ["Deadlock", "Inline", "RoleError"]
@@ -104,42 +105,56 @@ class InlineWeights:
 
 
 class InlineReplay:
-    """`Replay` within one process, over any store with `insert(items)`, `sample(count)` and `len()`.
+    """`Replay` within one process, over any store with `insert`, `sample`, `prioritise`, `state` and `load_state`."""
 
-    The ratio holds at every moment: inserts · samples_per_insert − tolerance <= samples <= inserts · samples_per_insert
-    + tolerance, from the moment the store has `min_size` items.
-    """
+    def __init__(
+        self,
+        make_store: Callable[[], Any],
+        samples_per_insert: float,
+        min_size: int,
+        tolerance: float,
+        writers: int = 1,
+        save: bool = True,
+    ) -> None:
+        self.store, self.limiter = make_store(), RateLimiter(samples_per_insert, min_size, tolerance)
+        self._turn, self._writers, self._save = 0, writers, save
 
-    def __init__(self, store: Any, samples_per_insert: float, min_size: int, tolerance: float) -> None:
-        self.store, self.ratio, self.min_size, self.tolerance = store, samples_per_insert, min_size, tolerance
-        self.inserts = self.samples = 0
-        self._line = Line()
+    @property
+    def inserts(self) -> int:
+        return self.limiter.inserts
 
-    async def room(self, items: int) -> None:
-        def ready() -> bool:
-            ahead = (self.inserts + items - self.min_size) * self.ratio - self.samples
-            return self.inserts + items <= self.min_size or ahead <= self.tolerance
+    async def room(self, items: int, writer: int = 0) -> None:
+        """Writers insert in turn, so that a resumed run goes on with the one whose turn it was."""
+        await until(
+            lambda: writer == self._turn and self.limiter.may_insert(items), f"its turn, and room for {items} inserts"
+        )
 
-        await self._line.until(ready, f"room for {items} inserts")
+    def insert(self, items: Any, writer: int = 0) -> int:
+        count = self.store.insert(items, writer)
+        self.limiter.inserts += count
+        self._turn = (writer + 1) % self._writers
+        return count
 
-    def insert(self, items: Any, count: int) -> None:
-        self.store.insert(items)
-        self.inserts += count
+    async def sample(self, count: int, most: int = 1, **how: Any) -> Any:
+        await until(lambda: self.limiter.may_sample(count), f"{count} samples")
+        drawn = min(most, int(self.limiter.owed // count)) * count
+        self.limiter.samples += drawn
+        return self.store.sample(drawn, **how)
 
-    async def sample(self, count: int) -> Any:
-        def ready() -> bool:
-            ahead = self.samples + count - (self.inserts - self.min_size) * self.ratio
-            return self.inserts >= self.min_size and ahead <= self.tolerance
-
-        await until(ready, f"{count} samples")
-        self.samples += count
-        return self.store.sample(count)
+    def prioritise(self, index: Any, priorities: Any) -> None:
+        self.store.prioritise(index, priorities)
 
     def state(self) -> State:
-        return {"inserts": self.inserts, "samples": self.samples}
+        own = {"counts": self.limiter.state(), "turn": self._turn}
+        return {**own, "store": self.store.state()} if self._save else own
 
     def load_state(self, state: State) -> None:
-        self.inserts, self.samples = state["inserts"], state["samples"]
+        self.limiter.load_state(state["counts"])
+        self._turn = state["turn"]
+        if "store" in state:
+            self.store.load_state(state["store"])
+        else:
+            self.limiter.begin_again()
 
 
 class InlineCalls:

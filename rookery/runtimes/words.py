@@ -63,15 +63,21 @@ class Weights(Protocol):
 
 
 class Replay(Protocol):
-    """Random access, with a ratio of samples to inserts that blocks the faster side."""
+    """Random access, with a ratio of samples to inserts that blocks the faster side (`runtimes.limiter`)."""
 
-    async def room(self, items: int) -> None:
-        """Wait until `items` more inserts keep the ratio."""
+    inserts: int  # items stored since the run began
 
-    def insert(self, items: Any, count: int) -> None: ...
+    async def room(self, items: int, writer: int = 0) -> None:
+        """Wait until `items` more inserts, by the writer of that index, keep the ratio."""
 
-    async def sample(self, count: int) -> Any:
-        """Wait until `count` more samples keep the ratio, then draw them."""
+    def insert(self, items: Any, writer: int = 0) -> int:
+        """Store what the writer of that index brings; gives how many items of it count."""
+
+    async def sample(self, count: int, most: int = 1, **how: Any) -> Any:
+        """Wait until `count` samples are owed, then draw as many times that as are owed, at most `most` times."""
+
+    def prioritise(self, index: Any, priorities: Any) -> None:
+        """Change the priorities of samples, by the `index` they came with."""
 
 
 class Calls(Protocol):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rookery.actor import Collector, Unroll
+from rookery.data.plan import ReplayPlan
 from rookery.evaluator import Evaluator
 from rookery.learner import Learner
 from rookery.runtimes.words import Graph, Queue, Role, Weights
@@ -42,6 +43,13 @@ class Setting:
     compile: bool = False
     graphs: bool = False
     bf16: bool = False
+    save_replay: bool = True  # in checkpoints
+
+    @property
+    def replay_plan(self) -> ReplayPlan:
+        """What the algorithm asks of replay."""
+        assert isinstance(self.algorithm.plan, ReplayPlan)  # for the type checker; `build` has refused others
+        return self.algorithm.plan
 
     @property
     def means(self) -> dict[str, bool]:
@@ -77,10 +85,11 @@ async def learner(role: Role, setting: Setting, actors: int, weights: Weights, u
     while learner.steps < setting.total_steps:
         slots = await unrolls.get(actors)
         before = learner.steps
-        metrics = learner.update(joined(slots))
+        batch = joined(slots)
+        learner.update(batch, before + int(batch["valid"][:-1].sum()))
         if crosses(before, learner.steps, setting.log_every):
             lag = learner.version - 1 - min(slot.version for slot in slots)
-            role.report(learner.steps, {**metrics, "policy_lag": lag})
+            role.report(learner.steps, {**learner.metrics(), "policy_lag": lag})
         unrolls.release(slots)
         role.advance(learner.steps)
         weights.publish(learner.version, learner.values(), learner.steps)

@@ -1,0 +1,100 @@
+"""Data plans: which data an algorithm's loss eats, and how often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["OnPolicy", "Refused", "ReplayPlan"]
+
+
+class Refused(ValueError):
+    """A combination that cannot work, refused before anything is built; the message says what would work."""
+
+
+@dataclass(frozen=True)
+class OnPolicy:
+    """Data plan: each unroll is learnt from at once, in shuffled minibatches, and then dropped."""
+
+    unroll: int  # T, steps of an unroll
+    epochs: int = 1  # passes over the unrolls
+    minibatches: int = 1  # updates an epoch
+    sequences: bool = False  # minibatches are whole lanes, in order of time, for recurrent networks
+
+    def __post_init__(self) -> None:
+        for name in ("unroll", "epochs", "minibatches"):
+            if getattr(self, name) < 1:
+                raise Refused(f"{name}={getattr(self, name)} leaves nothing to learn from; use 1 or more.")
+
+    def check(self, lanes: int) -> None:
+        """Refuse minibatches that do not divide what an update has."""
+        whole = lanes if self.sequences else self.unroll * lanes
+        if whole % self.minibatches:
+            nearest = min((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: abs(n - self.minibatches))
+            what = f"{lanes} lanes" if self.sequences else f"{whole} samples"
+            raise Refused(
+                f"minibatches={self.minibatches} does not divide the {what} of an update "
+                f"(unroll={self.unroll} × envs={lanes}); use {nearest} instead."
+            )
+
+
+@dataclass(frozen=True)
+class ReplayPlan:
+    """Data plan: rows are stored, and transitions or sequences of them are sampled again and again.
+
+    Raises:
+        Refused: for numbers that cannot work, when it is made.
+    """
+
+    capacity: int  # rows kept, over all lanes
+    batch: int  # samples an update
+    learning_starts: int  # valid rows stored before the first sample
+    updates_per_step: float = 1.0  # updates for each valid row stored after that, honoured exactly
+    gamma: float = 0.99  # discount, of n-step returns
+    n_step: int = 1  # n
+    alpha: float = 0.0  # exponent of priorities; 0 samples uniformly
+    beta: float = 0.4  # exponent of importance weights, rising linearly to 1 over the run
+    sequence: int = 0  # T, steps of a sequence; 0 samples transitions
+    overlap: int = 0  # steps that a sequence shares with the one before it
+    unroll: int = 0  # T, steps of a lane between rounds of updates; 0 takes the fewest that an update is owed for
+    hindsight: float = 0.0  # share of samples whose goal is one the episode reached later
+
+    def __post_init__(self) -> None:
+        for name in ("capacity", "batch", "learning_starts", "n_step"):
+            if getattr(self, name) < 1:
+                raise Refused(f"{name}={getattr(self, name)} is too small; use 1 or more.")
+        if not self.updates_per_step > 0:
+            raise Refused(f"updates_per_step={self.updates_per_step} never learns; use more than 0.")
+        for name in ("gamma", "alpha", "beta", "hindsight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise Refused(f"{name}={getattr(self, name)} has to be between 0 and 1.")
+        if self.sequence and not 0 <= self.overlap < self.sequence:
+            raise Refused(f"overlap={self.overlap} has to be from 0 to below sequence={self.sequence}.")
+        longest = max(self.sequence, self.n_step)
+        if self.capacity <= longest:
+            raise Refused(f"capacity={self.capacity} rows hold no sample of {longest} steps; use more.")
+
+    @property
+    def samples_per_insert(self) -> float:
+        """How often a row is sampled, on average."""
+        return self.updates_per_step * self.batch
+
+    def rows(self, lanes: int) -> int:
+        """T, the rows that so many lanes step before the learner's turn."""
+        return self.unroll or max(1, round(1 / (self.updates_per_step * lanes)))
+
+    def updates(self, lanes: int) -> int:
+        """The updates that are owed for those rows, rounded down; at least 1."""
+        return max(1, int(self.updates_per_step * lanes * self.rows(lanes)))
+
+    def check(self, lanes: int) -> None:
+        """Refuse what cannot work with so many lanes."""
+        longest = max(self.sequence, self.n_step)
+        if self.capacity < lanes * (longest + 2):
+            raise Refused(
+                f"capacity={self.capacity} gives each of {lanes} lanes {self.capacity // lanes} rows, and a sample of "
+                f"{longest} steps needs {longest + 2}; use capacity={lanes * (longest + 2)} or more."
+            )
+        if self.learning_starts > self.capacity:
+            raise Refused(
+                f"learning_starts={self.learning_starts} rows never fit capacity={self.capacity}; use at most that."
+            )

@@ -1,0 +1,102 @@
+"""Actors, replay and a learner: actors store what they do, the learner samples from it again and again.
+
+    actor:   wait for room; act with the newest weights; insert.
+    learner: wait until samples are owed; sample; update; hand back priorities; publish.
+
+Nobody waits for anybody but by the ratio of samples to inserts. With the tolerance that `wire` gives it they alternate:
+one actor is then the classic loop of acting for some steps and updating for some.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rookery.actor import Collector
+from rookery.data.replay import ReplayBuffer
+from rookery.learner import Learner
+from rookery.runtimes.words import Graph, Replay, Role, Weights
+from rookery.topologies.actors_learner import Setting, crosses, evaluator
+
+if TYPE_CHECKING:
+    from rookery.data.plan import ReplayPlan
+
+__all__ = ["MakeStore", "actor", "learner", "wire"]
+
+
+@dataclass(frozen=True)
+class MakeStore:
+    """How the replay is made, as data."""
+
+    plan: ReplayPlan
+    lanes: int  # an actor's
+    actors: int
+    seed: int
+
+    def __call__(self) -> ReplayBuffer:
+        return ReplayBuffer(self.plan, self.lanes, writers=self.actors, seed=self.seed)
+
+
+async def actor(role: Role, setting: Setting, actors: int, weights: Weights, replay: Replay) -> None:
+    """Act with the newest weights there are, and store it."""
+    algorithm, env, plan = setting.algorithm, setting.make_env(setting.lanes, role.seed), setting.replay_plan
+    net, rows = setting.make_net(), plan.rows(setting.lanes)
+    collector = role.keep(Collector(algorithm, net, env, rows, role.seed, **setting.means))
+    slot, lanes = collector.slot(), torch.arange(setting.lanes, device=env.device) + role.index * setting.lanes
+    place = lanes / max(1, actors * setting.lanes - 1)
+    try:
+        while True:
+            await replay.room(rows * setting.lanes, role.index)
+            version, values, _ = await weights.latest()
+            if version != collector.version:
+                collector.load(version, values)
+            before = replay.inserts
+            collector.fill(slot, algorithm.exploration(before, place))
+            steps = before + replay.insert(slot.batch(), role.index)
+            role.advance(steps)
+            if crosses(before, steps, setting.log_every) and collector.returns:
+                role.report(steps, collector.episodes())
+    finally:
+        env.close()
+
+
+async def learner(role: Role, setting: Setting, weights: Weights, replay: Replay) -> None:
+    """Update as often as the plan says for each step that was stored."""
+    net, plan = setting.make_net(), setting.replay_plan
+    learner = role.keep(Learner(setting.algorithm, net, setting.total_steps, role.seed, **setting.means))
+    weights.publish(learner.version, learner.values(), learner.steps)
+    while learner.steps < setting.total_steps:
+        beta = plan.beta + (1 - plan.beta) * learner.steps / setting.total_steps
+        batch = await replay.sample(plan.batch, plan.updates(setting.lanes), beta=min(1.0, beta))
+        before, steps = learner.steps, replay.inserts
+        priorities = learner.update(batch, steps)
+        if priorities is not None:
+            replay.prioritise(batch["index"], priorities)
+        weights.publish(learner.version, learner.values(), learner.steps)
+        if crosses(before, steps, setting.log_every):
+            role.report(steps, learner.metrics())
+
+
+def wire(setting: Setting, seed: int, actors: int = 1) -> Graph:
+    """The whole topology."""
+    graph, plan, lanes = Graph(seed), setting.replay_plan, setting.lanes
+    weights = graph.word("weights", "weights")
+    replay = graph.word(
+        "replay",
+        "replay",
+        make_store=MakeStore(plan, lanes, actors, zlib.crc32(f"{seed}/replay".encode())),
+        samples_per_insert=plan.samples_per_insert,
+        min_size=plan.learning_starts,
+        tolerance=plan.batch + plan.rows(lanes) * lanes * plan.samples_per_insert,
+        writers=actors,
+        save=setting.save_replay,
+    )
+    for index in range(actors):
+        graph.role(actor, index, setting=setting, actors=actors, weights=weights, replay=replay)
+    graph.role(learner, setting=setting, weights=weights, replay=replay, ends_run=True)
+    if setting.eval_every:
+        graph.role(evaluator, setting=setting, weights=weights)
+    return graph
