@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,8 +27,34 @@ USAGE = """usage: rookery VERB ...
   list systems|envs
   check-env ENV                does an environment keep the stream convention?
 
-With --traceback, any verb shows where an error came from.
+`rookery VERB --help` says more of each. With --traceback, any verb shows where an error came from.
 """
+
+# Verbs whose words no parser takes apart, or, with train, only once system and environment are known.
+HELP = {
+    "train": """usage: rookery train SYSTEM ENV [flags]
+
+  rookery train ppo CartPole-v1                  begins from the settings tuned for it, where there are some
+  rookery train ppo CartPole-v1 --steps 50_000   flags change settings
+  rookery train ppo CartPole-v1 --help           every flag, and its value in this run
+  rookery train ppo --help                       the same before tuning, whatever the environment
+  rookery train ppo my_module:MyEnv              a Gymnasium environment of your own
+
+SYSTEM is one of these; `rookery list systems` says what they are:
+{systems}
+ENV is an id that `rookery list envs` prints, or module:Name of a class or function that makes one.
+""",
+    "list": """usage: rookery list systems|envs
+
+  systems   what can be trained: name, topology, idea
+  envs      ids of every backend installed here, as backend:id; without `backend:`, the fastest that has the id is taken
+""",
+    "check-env": """usage: rookery check-env ENV
+
+Step an environment with random actions, and say which rules of the stream convention it keeps: where episodes begin and
+end, what is observed there, that seeds repeat. ENV is an id, or module:Name of your own. Status 1 if a rule is broken.
+""",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +63,47 @@ class Display:
 
     run_dir: Path | None = None  # a new folder; by default under runs/
     quiet: bool = False  # no progress display
-    recipe: bool = True  # begin from the tuned settings for this environment
+    recipe: bool = True  # begin from the settings tuned for this environment
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """Go on with a run from its last checkpoint."""
+
+    run: Path  # the run's folder
+    steps: int | None = None  # a new budget, those already done included; by default the run's own
+    env: str | None = None  # module:Name, for a run on an environment of your own
+    quiet: bool = False  # no progress display
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Play whole episodes with the greedy policy of a checkpoint, and say what they return."""
+
+    run: Path  # the run's folder
+    episodes: int = 20  # how many, on up to 64 lanes
+    seed: int = 1  # of the environment; the same seed plays the same episodes
+    which: Literal["latest", "best"] = "latest"  # checkpoint; the best by the evaluations during training
+    env: str | None = None  # module:Name, for a run on an environment of your own
+    json: bool = False  # print one JSON object, each return and length included
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """Record one greedy episode into the run's folder."""
+
+    run: Path  # the run's folder
+    steps: int = 1000  # where the recording is cut off, if the episode has not ended
+    seed: int = 1  # of the environment
+    env: str | None = None  # module:Name, for a run on an environment of your own
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """Draw the learning curve of a run, or the mean and interval of several."""
+
+    runs: tuple[Path, ...]  # the runs' folders
+    out: Path = Path("comparison.png")  # the picture of several; that of one goes into its folder
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     traceback = "--traceback" in words
     verb, *rest = [word for word in words if word != "--traceback"] or ["help"]
     if verb in ("help", "-h", "--help"):
-        print(USAGE)
+        print(USAGE, end="")
         return
     try:
         if "" not in sys.path:
@@ -59,7 +126,13 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(
                 f"no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"use {', '.join(VERBS)}.")
             )
-        VERBS[verb](rest)
+        if verb in HELP and rest[:1] in (["-h"], ["--help"]):
+            from rookery.systems import SYSTEMS
+
+            systems = textwrap.fill(", ".join(SYSTEMS), 100, initial_indent="  ", subsequent_indent="  ")
+            print(HELP[verb].format(systems=systems), end="")
+        else:
+            VERBS[verb](rest)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -75,56 +148,43 @@ def main(arguments: list[str] | None = None) -> None:
 
 def train(words: list[str]) -> None:
     """`rookery train SYSTEM ENV [flags]`: the flags are the fields of the algorithm and of a run's options."""
-    import tyro
-
+    if words[1:] in (["-h"], ["--help"]):
+        words = [words[0], "ENV", "--help"]
     if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
-        raise ValueError("train takes a system and an environment, such as `rookery train ppo CartPole-v1`.")
+        raise ValueError(
+            "train takes a system and an environment, such as `rookery train ppo CartPole-v1`; "
+            "`rookery train --help` says more."
+        )
     from rookery.settings import resolve
     from rookery.train import train as run_training
 
     system, env = words[:2]
-    _, algorithm, options = resolve(system, env, {}, tuned="--no-recipe" not in words)
-    parts = {"display": Display(), "options": options, "algorithm": algorithm}
-    fields = [(name, type(part), dataclasses.field(default=part)) for name, part in parts.items()]
-    flags = dataclasses.make_dataclass("Train", fields)
-    given: Any = tyro.cli(
-        flags, args=words[2:], prog=f"rookery train {system} {env}", config=(tyro.conf.OmitArgPrefixes,)
-    )
-    settings = {**vars(given.options), **vars(given.algorithm)}
-    _finish(run_training(system, env, run_dir=given.display.run_dir, quiet=given.display.quiet, **settings))
+    name, algorithm, options = resolve(system, env, {}, tuned="--no-recipe" not in words)
+    parts = {"run": options, name: algorithm, "display": Display()}  # --help takes its titles from the names
+    fields = [(part, type(value), dataclasses.field(default=value)) for part, value in parts.items()]
+    about = f"Train {name} on {env}. A setting that no flag names keeps its default, which is shown."
+    flags = dataclasses.make_dataclass("Train", fields, namespace={"__doc__": about})
+    given = vars(_parse(flags, f"train {system} {env}", words[2:]))
+    settings = {**vars(given["run"]), **vars(given[name])}
+    _finish(run_training(system, env, run_dir=given["display"].run_dir, quiet=given["display"].quiet, **settings))
 
 
 def resume(words: list[str]) -> None:
     """`rookery resume RUN [--steps N] [--quiet]`."""
-
-    def arguments(run: Path, steps: int | None = None, env: str | None = None, quiet: bool = False) -> Any:
-        return run, steps, env, quiet
-
-    run, steps, env, quiet = _parse(arguments, "resume", words)
+    given = _parse(Resume, "resume", words)
     from rookery.train import resume as go_on
 
-    _finish(go_on(run, steps=steps, env=env, quiet=quiet))
+    _finish(go_on(given.run, steps=given.steps, env=given.env, quiet=given.quiet))
 
 
 def evaluate(words: list[str]) -> None:
     """`rookery eval RUN [--episodes N] [--json] [--which latest|best]`."""
-
-    def arguments(
-        run: Path,
-        episodes: int = 20,
-        seed: int = 1,
-        which: Literal["latest", "best"] = "latest",
-        env: str | None = None,
-        json: bool = False,
-    ) -> Any:
-        return run, episodes, seed, which, env, json
-
-    run, episodes, seed, which, env, as_json = _parse(arguments, "eval", words)
+    given = _parse(Eval, "eval", words)
     from rookery.run import load
 
-    found = load(run, env=env).evaluate(episodes, seed, which)
+    found = load(given.run, env=given.env).evaluate(given.episodes, given.seed, given.which)
     summary = found.summary()
-    if as_json:
+    if given.json:
         print(json.dumps({**summary, "returns": found.returns, "lengths": found.lengths}))
     else:
         print("return {eval_return_mean:.2f} ± {eval_return_std:.2f} over {eval_episodes} episodes".format(**summary))
@@ -132,28 +192,20 @@ def evaluate(words: list[str]) -> None:
 
 def video(words: list[str]) -> None:
     """`rookery video RUN`."""
-
-    def arguments(run: Path, steps: int = 1000, seed: int = 1, env: str | None = None) -> Any:
-        return run, steps, seed, env
-
-    run, steps, seed, env = _parse(arguments, "video", words)
+    given = _parse(Video, "video", words)
     from rookery.run import load
 
-    print(load(run, env=env).record_video(steps, seed))
+    print(load(given.run, env=given.env).record_video(given.steps, given.seed))
 
 
 def plot(words: list[str]) -> None:
     """`rookery plot RUN ... [--out FILE]`."""
-
-    def arguments(runs: tuple[Path, ...], out: Path = Path("comparison.png")) -> Any:
-        return runs, out
-
-    runs, out = _parse(arguments, "plot", words)
+    given = _parse(Plot, "plot", words)
     from rookery.runs.plots import plot_run, plot_runs
 
-    if not runs:
+    if not given.runs:
         raise ValueError("plot takes one run folder or several, such as `rookery plot runs/*`.")
-    print(plot_run(runs[0]) if len(runs) == 1 else plot_runs(list(runs), out))
+    print(plot_run(given.runs[0]) if len(given.runs) == 1 else plot_runs(list(given.runs), given.out))
 
 
 def show(words: list[str]) -> None:
@@ -186,11 +238,12 @@ def check_env(words: list[str]) -> None:
         sys.exit(1)
 
 
-def _parse(arguments: Callable[..., Any], verb: str, words: list[str]) -> Any:
-    """What the function makes of the words; its arguments without a default stand before the flags."""
+def _parse(kind: type[Any], verb: str, words: list[str]) -> Any:
+    """The dataclass that the words make; its fields without a default stand before the flags."""
     import tyro
 
-    return tyro.cli(arguments, args=words, prog=f"rookery {verb}", config=(tyro.conf.PositionalRequiredArgs,))
+    config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
+    return tyro.cli(kind, args=words, prog=f"rookery {verb}", description=inspect.getdoc(kind), config=config)
 
 
 def _finish(run: Run) -> None:

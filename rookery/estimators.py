@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = [
     "Limits",
     "VTrace",
+    "categorical_projection",
     "gae",
     "linear_recurrence",
     "n_step",
+    "quantile_huber",
     "rescale",
     "retrace",
     "running_return",
@@ -231,6 +234,48 @@ def unrescale(x: Float[Tensor, "*S"], eps: float = 1e-3) -> Float[Tensor, "*S"]:
     size = x.abs()
     slope = 2 / ((1 + 2 * eps) + ((1 + 2 * eps) ** 2 + 4 * eps * size).sqrt())  # w / |x|
     return x * slope * (size * slope + 2)
+
+
+def categorical_projection(support: Tensor, probability: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+    """The distribution of r + γZ on the atoms of Z, `[..., K]` (C51: Bellemare et al. 2017, eq. 7).
+
+    (ΦTZ)_i = Σ_j [1 − |clip(r + γz_j, z_0, z_{K−1}) − z_i| / Δz]₀¹ p_j: each atom's mass goes to the two atoms
+    beside where it lands, the nearer the more. Mass is conserved, and where nothing is clipped the mean is r + γE[Z].
+
+    Not annotated with shapes, as `valid_mean` is not.
+
+    Args:
+        support: `[K]`, z, evenly spaced and rising; K ≥ 2.
+        probability: `[..., K]`, p.
+        reward: `[...]`, r.
+        discount: `[...]`, γ; 0 where the episode terminated.
+    """
+    low, high = support[0], support[-1]
+    atoms = torch.arange(len(support), dtype=support.dtype, device=support.device)
+    moved = (reward.unsqueeze(-1) + discount.unsqueeze(-1) * support).clamp(low, high)
+    place = (moved - low) * ((len(support) - 1) / (high - low))  # in atoms
+    share = (1 - (place.unsqueeze(-2) - atoms.unsqueeze(-1)).abs()).clamp(min=0)  # [..., i, j]
+    return (share * probability.unsqueeze(-2)).sum(-1)
+
+
+def quantile_huber(quantile: Tensor, fraction: Tensor, target: Tensor, threshold: float = 1.0) -> Tensor:
+    """Σ_i mean_j |τ_i − 1{u_ij < 0}| L_κ(u_ij) / κ with u_ij = target_j − quantile_i, `[...]`.
+
+    The quantile Huber loss (QR-DQN: Dabney et al. 2018a, eq. 9 and 10; IQN: 2018b, eq. 3). L_κ is the Huber loss: the
+    minimum is the τ-quantile of the targets as κ goes to 0, and an expectile where all |u| are below κ.
+
+    Not annotated with shapes, as `valid_mean` is not.
+
+    Args:
+        quantile: `[..., N]`.
+        fraction: `[..., N]`, τ of each quantile.
+        target: `[..., M]`, samples or quantiles of the target's distribution.
+        threshold: κ, above 0.
+    """
+    error = target.unsqueeze(-2) - quantile.unsqueeze(-1)
+    huber = F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=threshold) / threshold
+    slope = (fraction.unsqueeze(-1) - (error < 0).to(error.dtype)).abs()
+    return (slope * huber).mean(-1).sum(-1)
 
 
 def _unless(stop: Bool[Tensor, "T B"], factor: float, like: Float[Tensor, "T B"]) -> Float[Tensor, "T B"]:

@@ -191,7 +191,8 @@ class Run:
         config = self.config
         target = RunFolder.create(path, config["system"], str(config["env"]), config["options"]["seed"])
         target.write_config(config)
-        Checkpoints(target.checkpoints).save(*self.checkpoints.latest())
+        step, state = self.checkpoints.latest()
+        Checkpoints(target.checkpoints).save(step, state, replay=self.checkpoints.replay(step))
         if (self.path / "summary.json").exists():
             target.write_summary(self.summary)
         return target.path

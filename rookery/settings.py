@@ -38,6 +38,7 @@ class Options:
     threads: int = 0  # of torch; 0 takes one for vectors and every core for images
     frame_stack: int = 0  # frames an observation shows; 0 leaves it to the environment
     clip_reward: bool = False  # to [-1, 1], for learning only
+    replay_memory: Literal["device", "ram", "disk"] = "device"  # "disk" maps files in the run folder into memory
     save_replay: bool = True  # replay in checkpoints; without, a resumed run fills it anew before it learns on
     env_options: tuple[str, ...] = ()  # what the environment itself takes, as name=value with a JSON value
     log_every: int = 0  # steps between rows of metrics; 0 for 1/200 of the run

@@ -22,7 +22,7 @@ from rookery.runs.sinks import open_sink
 from rookery.runtimes.inline import Inline
 from rookery.settings import EnvLike, Options, env_name, resolve
 from rookery.systems import SYSTEMS, find
-from rookery.topologies.actors_learner import Setting, crosses
+from rookery.topologies.actors_learner import ReplaySetting, Setting, crosses
 
 __all__ = ["resume", "train"]
 
@@ -87,6 +87,9 @@ def resume(
     over = (run.path / "summary.json").exists() and not run.summary["interrupted"]
     if over and saved["steps"] >= (steps or options.steps):
         return run
+    replay = run.checkpoints.replay(saved["steps"])
+    if replay is not None:
+        saved["run"]["words"]["replay"]["store"] = replay
     options = options if steps is None else dataclasses.replace(options, steps=steps)
     fields = {"class": type(run.algorithm).__name__, **dataclasses.asdict(cast(Any, run.algorithm))}
     run.folder.write_config({**run.config, "algorithm": fields, "options": dataclasses.asdict(options)})
@@ -107,7 +110,13 @@ def execute(run: Run, name: str, options: Options, quiet: bool = False, saved: d
         options.compile or options.cuda_graphs,
         options.cuda_graphs,
         options.precision == "bf16",
-        options.save_replay,
+        ReplaySetting(
+            run.folder.path / "replay" if options.replay_memory == "disk" else "ram",
+            options.device if options.replay_memory == "device" else "cpu",
+            options.save_replay,
+            run._make_net.spec.stack,
+            run._make_net.spec.goal_reward if getattr(run.algorithm, "hindsight", 0) else None,
+        ),
     )
     topology = "actors_replay_learner" if isinstance(run.algorithm.plan, ReplayPlan) else "actors_learner"
     topology = find(name).topology if name in SYSTEMS else topology
@@ -183,8 +192,9 @@ class Keeper:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a checkpoint, scored by the last evaluation."""
+        replay = state["words"].get("replay", {}).pop("store", None)
         kept = {"run": state, "recorder": self.recorder.state(), "steps": self.step, "seconds": self.seconds()}
-        self.run.checkpoints.save(self.step, kept, self.recorder.summary()["eval_return_mean"])
+        self.run.checkpoints.save(self.step, kept, self.recorder.summary()["eval_return_mean"], replay)
         self._saved_at = self.step
 
     def finish(self, state: dict[str, Any]) -> None:

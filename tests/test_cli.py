@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +19,7 @@ import pytest
 import rookery
 from rookery import cli
 from rookery.runs.folder import RunFolderError
+from rookery.settings import Options
 
 ROOT = Path(rookery.__file__).resolve().parents[1]
 FLAGS = {"steps": 64, "envs": 4, "unroll": 4, "hidden": 8, "eval-episodes": 2, "eval-every": 32}
@@ -63,6 +67,11 @@ def refused(said: Said, status: int = 2) -> str:
     assert said.err.count("\n") == 1
     assert "Traceback" not in said.err
     return said.err
+
+
+def unboxed(help: str) -> str:
+    """What --help says without the sides of its boxes."""
+    return help.replace("│", "")
 
 
 # What works
@@ -152,6 +161,58 @@ def test_help_names_every_verb(words: list[str], say: Any) -> None:
     assert said.status == 0
     for verb in cli.VERBS:
         assert verb in said.out
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(verb: str, flag: str, say: Any) -> None:
+    said = say(verb, flag)
+    assert (said.status, said.err) == (0, "")
+    assert said.out.startswith(f"usage: rookery {verb}")
+
+
+@pytest.mark.parametrize(
+    ("words", "kinds"),
+    {
+        "resume": [cli.Resume],
+        "eval": [cli.Eval],
+        "video": [cli.Video],
+        "plot": [cli.Plot],
+        "train ppo CartPole-v1": [Options, cli.Display],
+    }.items(),
+)
+def test_every_flag_has_help(words: str, kinds: list[type], say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comment beside the field, which no field may lack."""
+    monkeypatch.setenv("COLUMNS", "110")
+    said = say(*words.split(), "--help")
+    shown = " ".join(unboxed(said.out).split())
+    for kind in kinds:
+        source = inspect.getsource(kind)
+        helped = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.MULTILINE))
+        assert list(helped) == [field.name for field in dataclasses.fields(kind)]
+        for name, help in helped.items():
+            assert help in shown, name
+
+
+def test_train_help_without_a_system_names_them_all(say: Any) -> None:
+    said = say("train", "--help").out
+    assert all(re.search(rf"\b{system}\b", said) for system in rookery.SYSTEMS)
+    assert max(map(len, said.splitlines())) <= 120
+    for example in re.findall(r"^  rookery (train .*?)(?:  .*)?$", said, re.MULTILINE):
+        words = example.split()
+        assert words[0] == "train"
+        assert words[1] in rookery.SYSTEMS
+
+
+def test_train_help_has_a_title_for_each_group(say: Any) -> None:
+    tuned, plain = (unboxed(say("train", "ppo", *env, "--help").out) for env in (["CartPole-v1"], []))
+    for shown in (tuned, plain):
+        titles = re.findall(r"(\w+ options)\b", shown)
+        assert titles == ["run options", "ppo options", "display options"]
+        assert "range of the probability ratio" in shown  # the comment beside the field
+    assert plain.startswith("usage: rookery train ppo ENV ")
+    assert f"(default: {rookery.PPO().lr})" in plain
+    assert f"(default: {rookery.PPO().lr})" not in tuned
 
 
 # What was asked wrongly: one sentence, status 2

@@ -11,9 +11,11 @@ from torch import Tensor
 from rookery import estimators
 from rookery.estimators import (
     Limits,
+    categorical_projection,
     gae,
     linear_recurrence,
     n_step,
+    quantile_huber,
     rescale,
     retrace,
     running_return,
@@ -430,6 +432,93 @@ def test_rescale_has_a_gradient_at_zero() -> None:
     x = torch.zeros(1, requires_grad=True)
     rescale(x).sum().backward()
     torch.testing.assert_close(x.grad, torch.tensor([0.5 + 1e-3]))
+
+
+# Distributions over returns.
+
+ATOMS = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0], dtype=torch.float64)
+MASSES = torch.tensor([0.1, 0.2, 0.4, 0.2, 0.1], dtype=torch.float64)
+
+
+def straight_projection(support: list[float], mass: list[float], reward: float, discount: float) -> list[float]:
+    """Algorithm 1 of C51 in loops, with all of the mass to an atom that is met."""
+    low, high, gap = support[0], support[-1], support[1] - support[0]
+    result = [0.0] * len(support)
+    for z, p in zip(support, mass, strict=True):
+        place = (min(max(reward + discount * z, low), high) - low) / gap
+        below = min(int(place), len(support) - 1)
+        above = min(below + 1, len(support) - 1)
+        result[below] += p * (1 - (place - below)) if above > below else p
+        result[above] += p * (place - below) if above > below else 0.0
+    return result
+
+
+@pytest.mark.parametrize(
+    ("reward", "discount", "expected"),
+    [
+        (0.3, 0.9, (0.02, 0.14, 0.3, 0.34, 0.2)),
+        (0.3, 0.0, (0, 0, 0.4, 0.6, 0)),
+        (0.5, 1.0, (0, 0.1, 0.2, 0.4, 0.3)),  # every return meets an atom: a floor and a ceiling are one
+        (5.0, 0.9, (0, 0, 0, 0, 1)),
+    ],
+)
+def test_categorical_projection_golden(reward: float, discount: float, expected: tuple[float, ...]) -> None:
+    """papers.md, section 7."""
+    r, d = (torch.tensor(x, dtype=torch.float64) for x in (reward, discount))
+    close(categorical_projection(ATOMS, MASSES, r, d), torch.tensor(expected), 1e-7)
+
+
+@law
+@given(st.integers(2, 60), st.floats(-3, 3), st.floats(0.01, 20), st.integers(0, 10_000))
+def test_categorical_projection_equals_its_loops(atoms: int, low: float, width: float, seed: int) -> None:
+    """And conserves mass; and has the mean of r + γZ where nothing is clipped."""
+    drawn = torch.Generator().manual_seed(seed)
+    support = torch.linspace(low, low + width, atoms, dtype=torch.float64)
+    mass = torch.rand(4, atoms, generator=drawn, dtype=torch.float64)
+    mass = mass / mass.sum(-1, keepdim=True)
+    reward = torch.randn(4, generator=drawn, dtype=torch.float64) * width
+    discount = torch.rand(4, generator=drawn, dtype=torch.float64)
+    ours = categorical_projection(support, mass, reward, discount)
+    rows = zip(mass.tolist(), reward.tolist(), discount.tolist(), strict=True)
+    close(ours, torch.tensor([straight_projection(support.tolist(), *row) for row in rows]).double(), 1e-5)
+    close(ours.sum(-1), torch.ones(4), 1e-12)
+    inside = low * (1 - discount) + 0.5 * width * (1 - discount)  # γz + r then stays between the first and last atom
+    mean = (categorical_projection(support, mass, inside, discount) * support).sum(-1)
+    close(mean, inside + discount * (mass * support).sum(-1), 1e-9)
+    single = categorical_projection(support.float(), mass.float(), reward.float(), discount.float())
+    torch.testing.assert_close(single.double(), ours, rtol=0, atol=1e-4)
+    torch.testing.assert_close(single.sum(-1), torch.ones(4), rtol=0, atol=1e-5)
+
+
+def test_quantile_huber_golden() -> None:
+    """papers.md, section 7: the matrix's rows have means 0.328125 and 0.578125."""
+    quantile, fraction, target = (torch.tensor(x).double() for x in ((0.0, 1.0), (0.25, 0.75), (0.5, 3.0)))
+    close(quantile_huber(quantile, fraction, target), torch.tensor(0.90625), 1e-12)
+
+
+@law
+@given(st.integers(1, 9), st.integers(1, 9), st.floats(0.01, 5), st.integers(0, 10_000))
+def test_quantile_huber_equals_its_loops(n: int, m: int, kappa: float, seed: int) -> None:
+    drawn = torch.Generator().manual_seed(seed)
+    quantile, target = (torch.randn(2, size, generator=drawn, dtype=torch.float64) for size in (n, m))
+    fraction = torch.rand(2, n, generator=drawn, dtype=torch.float64)
+    ours = quantile_huber(quantile, fraction, target, kappa)
+    for row in range(2):
+        total = 0.0
+        for theta, tau in zip(quantile[row].tolist(), fraction[row].tolist(), strict=True):
+            for aim in target[row].tolist():
+                u = aim - theta
+                huber = 0.5 * u * u if abs(u) <= kappa else kappa * (abs(u) - 0.5 * kappa)
+                total += abs(tau - (u < 0)) * huber / kappa / m
+        assert ours[row].item() == pytest.approx(total, rel=1e-12)
+
+
+def test_quantile_huber_is_least_at_the_quantile() -> None:
+    """For small κ, where targets are 0, 1, …, 9: the quantiles at 0.15, 0.55 and 0.95 are 1, 5 and 9."""
+    candidates, target = torch.arange(-1, 11).double(), torch.arange(10).double()
+    for tau, best in ((0.15, 1), (0.55, 5), (0.95, 9)):
+        losses = [quantile_huber(each[None], torch.tensor([tau]).double(), target, 1e-3).item() for each in candidates]
+        assert candidates[losses.index(min(losses))] == best
 
 
 def test_bad_n_is_refused() -> None:

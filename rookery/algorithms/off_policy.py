@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rookery.algorithms.base import Acted, Algorithm, Batch, Explore, Loss, ReplayPlan, Target
+from rookery.algorithms.base import Acted, Algorithm, Batch, Explore, Loss, Refused, ReplayPlan, Target
 from rookery.envs.spec import mask_of
 from rookery.nn.adam import Adam, Optimizer
 
 if TYPE_CHECKING:
+    from rookery.envs.spec import EnvSpec
     from rookery.envs.vector import Obs
     from rookery.nn.q_net import QNet
 
@@ -49,6 +50,7 @@ class OffPolicy(Algorithm):
     target_period: int = 1  # updates between moves of the target network
     tau: float = 0.005  # share by which it moves; 1 copies
     max_grad_norm: float | None = None  # global norm of the gradient
+    hindsight: float = 0.0  # share of samples whose goal is one reached later (Andrychowicz et al. 2017: 0.8)
     hidden: tuple[int, ...] = (256, 256)  # units of the MLPs' layers
     activation: Literal["tanh", "relu", "silu"] = "relu"
     normalize_obs: bool = False  # by running mean and variance
@@ -65,11 +67,21 @@ class OffPolicy(Algorithm):
             self.alpha,
             self.beta,
             unroll=self.unroll,
+            hindsight=self.hindsight,
         )
 
     @property
     def target(self) -> Target | None:
         return Target(self.target_period, self.tau)
+
+    def check(self, spec: EnvSpec, lanes: int) -> None:
+        super().check(spec, lanes)
+        if self.hindsight and spec.goal_reward is None:
+            raise Refused(
+                f"hindsight={self.hindsight} puts other goals in place of the desired ones, and {spec.id} does not say "
+                "what reward those give (EnvSpec.goal_reward); use hindsight=0, or a goal-conditioned environment such "
+                "as FetchReach-v4."
+            )
 
 
 @dataclass(frozen=True)

@@ -266,6 +266,7 @@ class EnvPoolEnv(VectorEnv):
             frame_skip=config.get("frame_skip", 1) if family in EMULATORS else 1,
             max_steps=limit if 0 < limit < UNLIMITED else None,
             reward_threshold=_threshold(id, config.get("reward_threshold")),
+            stack=config.get("stack_num", 1) if family in EMULATORS else 1,
         )
 
     def _keeps(self, name: str, config: dict[str, Any]) -> bool:

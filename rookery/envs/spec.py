@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from tensordict import TensorDict
 
-__all__ = ["EnvSpec", "Leaf", "dtype_of", "example", "leaves", "mask_of"]
+__all__ = ["EnvSpec", "GoalReward", "Leaf", "dtype_of", "example", "leaves", "mask_of"]
 
 MASK = "action_mask"
+GoalReward = Callable[[Tensor, Tensor], Tensor]  # achieved and desired goals, each [N, G]
 
 Leaf = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
 
@@ -35,6 +36,8 @@ class EnvSpec:
     frame_skip: int = 1  # frames a step
     max_steps: int | None = None  # steps after which an episode is truncated
     reward_threshold: float | None = None  # mean return at which the environment counts as solved
+    goal_reward: GoalReward | None = None  # the reward `[N]` of achieved goals when others were desired
+    stack: int = 1  # frames along the observation's first dimension, oldest first
     saves_state: bool = False  # whether state() and load_state() give back the very same future
 
 

@@ -187,7 +187,8 @@ class FrameStack(Transform):
         self._shown = (-1, *[1] * (self._axis - 1), frames, *[1] * (len(shape) + 1 - self._axis))
         low, high = (self._together([np.minimum(space.low, 0)] * frames), self._together([space.high] * frames))
         high = np.maximum(high, 0)  # zeros are to be seen even where no frame has any
-        self.spec = replace(env.spec, obs_space=spaces.Box(low, high, low.shape, space.dtype.type))
+        stack = frames * env.spec.stack if self._axis == 1 else 1
+        self.spec = replace(env.spec, obs_space=spaces.Box(low, high, low.shape, space.dtype.type), stack=stack)
         self._ages = torch.arange(frames - 1, -1, -1, dtype=torch.int32, device=self.device)  # of each place's frame
         zeros = torch.zeros((self.lanes, *shape), dtype=dtype_of(space), device=self.device)
         self._past = [zeros.clone() for _ in range(frames - 1)]

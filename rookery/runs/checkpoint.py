@@ -38,7 +38,7 @@ SCHEMA = 1  # the version of a state's content that this code writes
 # Schema n -> what turns a state of schema n into one of schema n + 1. Every schema below SCHEMA has an entry.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
-TENSORS, STATE, INDEX = "tensors.safetensors", "state.json", "index.json"
+TENSORS, STATE, INDEX, REPLAY = "tensors.safetensors", "state.json", "index.json", "replay"
 STATE_BYTES = 16 * 2**20  # the largest state.json that is written or read: bulk belongs in tensors
 DEPTH = 64  # the deepest nesting of dicts that is written or read
 DAMAGE = (OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, RecursionError, SafetensorError)
@@ -267,6 +267,7 @@ def _swap(aside: Path, folder: Path) -> None:
 class Checkpoints:
     """The checkpoints of one run: `folder/<step, 12 digits>/`; the last k and the one with the best score are kept.
 
+    What is large and only needed to go on, a replay, lies in `folder/replay/<step>/`, for the newest checkpoint alone.
     `index.json` beside them caches the scores; it is rebuilt from the checkpoints when it is lost.
     """
 
@@ -281,15 +282,23 @@ class Checkpoints:
         """The folder of the checkpoint taken at `step`."""
         return self.folder / f"{step:012d}"
 
-    def save(self, step: int, state: dict[str, Any], score: float | None = None) -> Path:
+    def save(
+        self, step: int, state: dict[str, Any], score: float | None = None, replay: dict[str, Any] | None = None
+    ) -> Path:
         """Save the state after `step` steps, then drop those no longer kept. A score that is not finite is none.
 
         Raises CheckpointError and TypeError as `save` does.
         """
+        replays = self.folder / REPLAY
         if step < 0:
             raise ValueError(f"step={step} is negative; count steps from 0.")
         score = float(score) if score is not None and math.isfinite(score) else None
+        if replay is not None:
+            save(replays / f"{step:012d}", replay)
         save(self.path(step), state, score)
+        for old in replays.iterdir() if replays.is_dir() else ():
+            if old.name != f"{step:012d}":
+                shutil.rmtree(old, ignore_errors=True)
         scores = self._scores() | {step: score}
         rated = {at: value for at, value in scores.items() if value is not None}
         keep = {step, *sorted(scores)[-self.keep_last :]}
@@ -312,6 +321,15 @@ class Checkpoints:
         Raises CheckpointError if there is none.
         """
         return self._first(reversed(self.steps()))
+
+    def replay(self, step: int) -> dict[str, Any] | None:
+        """What was saved as the replay of this step; None without any, with a warning if it is damaged."""
+        path = self.folder / REPLAY / f"{step:012d}"
+        try:
+            return load(path) if _present(path).exists() else None
+        except CheckpointError as error:
+            warnings.warn(f"{error} The replay is left out.", RuntimeWarning, stacklevel=2)
+            return None
 
     def best(self) -> tuple[int, dict[str, Any]]:
         """The readable checkpoint with the highest score, the newer of two equals; without scores, the newest."""

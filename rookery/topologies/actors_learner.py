@@ -8,7 +8,8 @@ Actors wait for the newest weights, so the data are on-policy and the run does n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +24,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rookery.algorithms.base import Algorithm, PolicyNet
+    from rookery.envs.spec import GoalReward
     from rookery.envs.vector import VectorEnv
 
-__all__ = ["Setting", "actor", "evaluator", "learner", "wire"]
+__all__ = ["ReplaySetting", "Setting", "actor", "evaluator", "learner", "wire"]
+
+
+@dataclass(frozen=True)
+class ReplaySetting:
+    """Where replay lies, and what it knows of the environment."""
+
+    memory: str | Path = "ram"  # "ram", "shared" or a folder
+    device: str = "cpu"
+    save: bool = True  # in checkpoints
+    stack: int = 1  # frames of an observation, each stored once
+    goal_reward: GoalReward | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Setting:
     compile: bool = False
     graphs: bool = False
     bf16: bool = False
-    save_replay: bool = True  # in checkpoints
+    replay: ReplaySetting = field(default_factory=ReplaySetting)
 
     @property
     def replay_plan(self) -> ReplayPlan:

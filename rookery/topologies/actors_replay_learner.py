@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,9 +20,6 @@ from rookery.learner import Learner
 from rookery.runtimes.words import Graph, Replay, Role, Weights
 from rookery.topologies.actors_learner import Setting, crosses, evaluator
 
-if TYPE_CHECKING:
-    from rookery.data.plan import ReplayPlan
-
 __all__ = ["MakeStore", "actor", "learner", "wire"]
 
 
@@ -31,13 +27,22 @@ __all__ = ["MakeStore", "actor", "learner", "wire"]
 class MakeStore:
     """How the replay is made, as data."""
 
-    plan: ReplayPlan
-    lanes: int  # an actor's
+    setting: Setting
     actors: int
     seed: int
 
     def __call__(self) -> ReplayBuffer:
-        return ReplayBuffer(self.plan, self.lanes, writers=self.actors, seed=self.seed)
+        setting, replay = self.setting, self.setting.replay
+        return ReplayBuffer(
+            setting.replay_plan,
+            setting.lanes,
+            writers=self.actors,
+            seed=self.seed,
+            stack=replay.stack,
+            memory=replay.memory,
+            device=replay.device,
+            goal_reward=replay.goal_reward,
+        )
 
 
 async def actor(role: Role, setting: Setting, actors: int, weights: Weights, replay: Replay) -> None:
@@ -67,6 +72,7 @@ async def learner(role: Role, setting: Setting, weights: Weights, replay: Replay
     """Update as often as the plan says for each step that was stored."""
     net, plan = setting.make_net(), setting.replay_plan
     learner = role.keep(Learner(setting.algorithm, net, setting.total_steps, role.seed, **setting.means))
+    role.advance(replay.inserts)
     weights.publish(learner.version, learner.values(), learner.steps)
     while learner.steps < setting.total_steps:
         beta = plan.beta + (1 - plan.beta) * learner.steps / setting.total_steps
@@ -87,12 +93,12 @@ def wire(setting: Setting, seed: int, actors: int = 1) -> Graph:
     replay = graph.word(
         "replay",
         "replay",
-        make_store=MakeStore(plan, lanes, actors, zlib.crc32(f"{seed}/replay".encode())),
+        make_store=MakeStore(setting, actors, zlib.crc32(f"{seed}/replay".encode())),
         samples_per_insert=plan.samples_per_insert,
         min_size=plan.learning_starts,
         tolerance=plan.batch + plan.rows(lanes) * lanes * plan.samples_per_insert,
         writers=actors,
-        save=setting.save_replay,
+        save=setting.replay.save,
     )
     for index in range(actors):
         graph.role(actor, index, setting=setting, actors=actors, weights=weights, replay=replay)

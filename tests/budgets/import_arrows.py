@@ -50,7 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 ROOT = ""  # the package itself: the public API, which may import anything, and nobody imports but for the version
 FREE_NAMES = ("rookery.__version__",)
-ALGORITHM_BASE = "rookery.algorithms.base"  # the one module that algorithms may take classes from
+ALGORITHM_BASES = ("rookery.algorithms.base", "rookery.algorithms.off_policy")  # algorithms may take classes from these
 
 
 def modules_of(package: Path) -> dict[str, Path]:
@@ -114,7 +114,7 @@ def objection(module: str, target: str, name: str) -> str:
 
 def sibling_objection(module: str, target: str, name: str) -> str:
     """Algorithms share functions (`from rookery.algorithms.dqn import td_error`), never a class to override."""
-    if target in (ALGORITHM_BASE, "rookery.algorithms") or module == "rookery.algorithms":
+    if target in (*ALGORITHM_BASES, "rookery.algorithms") or module == "rookery.algorithms":
         return ""
     last = name.rpartition(".")[2]
     if not last:

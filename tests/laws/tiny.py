@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,16 @@ import torch
 from torch import Tensor
 
 import rookery
+from rookery.envs.make import make_env
 from rookery.systems import find
 
-__all__ = ["differences", "metrics", "tiny", "weights"]
+__all__ = ["differences", "home", "metrics", "tiny", "weights"]
 
 CLOCK = ("seconds", "steps_per_second")
 
 # Fields that several algorithms have; each takes those it knows.
 SMALL = {"unroll": 4, "epochs": 2, "minibatches": 2, "hidden": (8,), "memory_size": 8}
+SMALL |= {"batch": 8, "capacity": 96, "learning_starts": 24, "target_period": 3, "epsilon_steps": 50}  # of replay
 RUN = {"steps": 160, "envs": 4, "eval_episodes": 2, "log_every": 16, "eval_every": 48, "sinks": (), "device": "cpu"}
 
 
@@ -26,6 +30,16 @@ def tiny(system: str, **settings: Any) -> dict[str, Any]:
     """Settings of a run of a few updates with checkpoints, evaluations and rows of metrics in between."""
     known = {field.name for field in dataclasses.fields(find(system).algorithm_class())}
     return {**RUN, **{name: value for name, value in SMALL.items() if name in known}, **settings}
+
+
+@cache
+def home(system: str) -> str:
+    """A small environment that the system takes: CartPole, or Pendulum for those that need continuous actions."""
+    for env in ("tensor:CartPole-v1", "tensor:Pendulum-v1"):
+        with contextlib.suppress(ValueError):
+            find(system).algorithm_class()().networks(make_env(env, 1).spec)
+            return env
+    raise AssertionError(f"{system} takes neither discrete nor continuous actions")
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:
@@ -41,7 +55,9 @@ def weights(run: rookery.Run) -> dict[str, Tensor]:
 
 def differences(one: rookery.Run, two: rookery.Run) -> list[str]:
     """Where two runs differ: in everything their last checkpoints hold, in their metrics, in their summaries."""
-    found = _unequal("checkpoint", one.checkpoints.latest()[1], two.checkpoints.latest()[1])
+    (step, ours), (their_step, theirs) = one.checkpoints.latest(), two.checkpoints.latest()
+    found = _unequal("checkpoint", ours, theirs)
+    found += _unequal("replay", one.checkpoints.replay(step), two.checkpoints.replay(their_step))
     ours, theirs = metrics(one.path), metrics(two.path)
     if ours != theirs:
         pairs = zip(ours, theirs, strict=False)

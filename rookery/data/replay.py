@@ -1,0 +1,438 @@
+"""Replay: rows of experience in a ring, from which transitions or sequences are drawn, uniformly or by priority.
+
+The layout is decision 0008.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rookery.data.frames import REACH, Observations, StackedFrames
+from rookery.data.plan import ReplayPlan
+from rookery.data.samples import FLAGS, SPAN, GoalReward, Hindsight, Samples, Sequences, Transitions
+from rookery.data.storage import Key, Memory, Ring, allocator, leaves, nested
+from rookery.data.sum_tree import SumTree
+from rookery.envs.vector import Obs
+
+__all__ = ["ReplayBuffer"]
+
+NEEDED = ("obs", "action", *FLAGS)
+DROPPED = ("discounted_return", "raw_reward", "start")  # of an unroll, but not of replay
+ENTERING = ("replay", "entering")  # priority that a row gets when it can first be drawn
+
+Looks = dict[Key, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of what is stored in a cell
+
+EPSILON = 1e-6  # least priority, so that a row whose error is 0 is seen again (Schaul et al. 2016, section 3.3)
+SPARSE = 0.25  # share of cells that can be drawn, below which they are listed instead of guessed
+
+
+class ReplayBuffer:
+    """The last rows of W·B lanes, from which samples are drawn again and again.
+
+    Processes that share the memory may each be one writer, and one may sample uniformly; priorities belong to one
+    process that writes and samples.
+
+    Args:
+        plan: what is kept, and what a sample is.
+        lanes: B, the lanes of each writer.
+        writers: W, the actors that insert, each its own stream of rows.
+        seed: of the samples.
+        stack: K, frames in an observation `[B, K·C, ...]`, oldest first; each is stored once.
+        memory: "ram"; "shared" with the processes that are handed the buffer after its first insert; or the folder of
+            memory-mapped files.
+        device: of the memory, and of the samples.
+        goal_reward: the reward `[N]` of `achieved` goals when others were `desired`; with `plan.hindsight` only.
+
+    Raises:
+        ValueError: for settings that cannot work, alone or together.
+    """
+
+    def __init__(
+        self,
+        plan: ReplayPlan,
+        lanes: int,
+        *,
+        writers: int = 1,
+        seed: int = 0,
+        stack: int = 1,
+        memory: Memory = "ram",
+        device: torch.device | str = "cpu",
+        goal_reward: GoalReward | None = None,
+    ) -> None:
+        _check_plan(plan, lanes * writers, stack, goal_reward)
+        self.plan, self.lanes, self.writers, self.stack = plan, lanes, writers, stack
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        allocate = allocator(memory, self.device)
+        # The newest row holds an observation only, and the oldest frames are seen in later stacks only.
+        self._ring = ring = Ring(plan.capacity // (lanes * writers) + stack, lanes, writers, allocate)
+        self._frames = StackedFrames(ring, stack) if stack > 1 else None
+        observations = self._frames or Observations(ring)
+        self._samples: Samples
+        if plan.hindsight and goal_reward is not None:
+            self._samples = Hindsight(ring, observations, plan, goal_reward)
+        else:
+            self._samples = (Sequences if plan.sequence else Transitions)(ring, observations, plan)
+        self._tree = SumTree(ring.cells, allocate) if plan.alpha > 0 else None
+        self._largest = 1.0  # priority seen so far
+        # Of each writer: rows written, and how many of its cells can be drawn.
+        counters = allocator("shared" if memory == "shared" else "ram", torch.device("cpu"))
+        self._counts = counters("counts", (writers, 2), torch.int64).zero_()
+
+    def __len__(self) -> int:
+        """How many samples there are to be drawn now."""
+        return int(self._counts[:, 1].sum())
+
+    # Writing.
+
+    def insert(self, rows: Mapping[str, Any], writer: int = 0, priorities: Tensor | None = None) -> int:
+        """Store an unroll: of `obs` all T+1 rows `[T+1, B, ...]`, of other columns the first T.
+
+        The last observation is the true next one after row T−1, and the first of this writer's next insert. If that
+        begins with another, its stream was broken off (the actor began anew, or an unroll was lost): the episodes that
+        were running count as truncated.
+
+        Args:
+            rows: obs, action, reward, terminated, truncated, valid, and what else the algorithm recorded.
+            priorities: of the rows, `[T, B]`; without, they get the largest so far.
+
+        Returns:
+            The number of valid rows.
+
+        Raises:
+            ValueError: for rows unlike those of the first insert, more rows than fit, or priorities that are no
+                finite numbers ≥ 0; nothing is stored then.
+        """
+        if not 0 <= writer < self.writers:
+            raise ValueError(f"there is no writer {writer}; this buffer has writers 0 to {self.writers - 1}.")
+        columns = self._columns_of(rows)
+        valid = columns["valid",]
+        if priorities is not None:
+            _check_priorities(priorities, valid)
+        first = int(self._counts[writer, 0])
+        goes_on = first > 0 and self._goes_on(columns, rows["obs"], writer, first)
+        reaches = None
+        if self._frames is not None:
+            before = self._ring.get(REACH, writer, first, 1)[0] if goes_on else None
+            reaches = self._frames.reaches(rows["obs"], valid, before)
+        if first > 0 and not goes_on:
+            first = self._close(writer, first)
+        self._evict(writer, first, len(valid))
+        for key, leaf in columns.items():
+            self._ring.put(key, writer, first, leaf)
+        if reaches is not None:
+            self._ring.put(REACH, writer, first, reaches)
+        if self._tree is not None:
+            self._enter(writer, first, valid, priorities)
+        self._follow(writer, first, first + len(valid))
+        return int(valid.count_nonzero())
+
+    def _columns_of(self, rows: Mapping[str, Any]) -> dict[Key, Tensor]:
+        """What is stored of an unroll, `[T, B, ...]`, and `obs`, `[T+1, B, ...]`; makes room before the first."""
+        missing = [name for name in NEEDED if name not in rows]
+        if missing:
+            raise ValueError(f"an insert brings {', '.join(NEEDED)}; this one lacks {', '.join(missing)}.")
+        columns: dict[Key, Tensor] = {}
+        for name, value in rows.items():
+            if name in DROPPED or (name == "state" and value.ndim < 3):  # a state [B, S] is that before row 0 only
+                continue
+            columns.update(leaves(value, (name,)))
+        obs = columns.get(("obs",))
+        if self._frames is not None:
+            columns["obs",] = self._newest(obs)
+        count = next(len(leaf) for key, leaf in columns.items() if key[0] == "obs") - 1
+        columns = {key: leaf if key[0] == "obs" else leaf[:count] for key, leaf in columns.items()}
+        looks = {key: (tuple(leaf.shape[2:]), leaf.dtype) for key, leaf in columns.items()}
+        if self._ring.columns:
+            _check_looks(looks, self._looks(), "this insert")
+        for key, leaf in columns.items():
+            wanted = [count + (key[0] == "obs"), self.lanes]
+            if list(leaf.shape[:2]) != wanted:
+                raise ValueError(
+                    f"{'.'.join(key)!r} has shape {list(leaf.shape)}; {count} rows of {self.lanes} lanes bring "
+                    f"{[*wanted, *leaf.shape[2:]]} of it."
+                )
+        most = self._ring.rows - max(self.plan.n_step, self.plan.sequence) - self.stack
+        if not 1 <= count <= most:
+            raise ValueError(
+                f"an insert of {count} rows does not fit capacity={self.plan.capacity} over "
+                f"{self.lanes * self.writers} lanes; insert 1 to {most} rows at once."
+            )
+        if not self._ring.columns:
+            self._allocate(looks)
+        return columns
+
+    def _newest(self, obs: Tensor | None) -> Tensor:
+        assert self._frames is not None
+        if obs is None or obs.ndim < 3 or obs.shape[2] % self.stack:
+            seen = "a structure" if obs is None else f"of shape {list(obs.shape)}"
+            raise ValueError(f"obs is {seen}, and stack={self.stack} takes one tensor [T+1, B, {self.stack}·C, ...].")
+        return self._frames.newest(obs)
+
+    def _allocate(self, looks: Looks) -> None:
+        for key, (shape, dtype) in looks.items():
+            self._ring.add(key, shape, dtype)
+        for key, dtype in self._samples.columns.items():
+            self._ring.add(key, (), dtype)
+        if self._frames is not None:
+            self._ring.add(REACH, (), torch.uint8)
+        if self._tree is not None:
+            self._ring.add(ENTERING, (), torch.float32)
+        self._ring.add(SPAN, (), torch.int16)
+        self._ring.columns[SPAN].zero_()
+
+    def _looks(self) -> Looks:
+        """Shape and dtype in a cell of what is stored of an insert."""
+        columns = self._ring.columns.items()
+        return {key: (tuple(column.shape[2:]), column.dtype) for key, column in columns if key[0] != "replay"}
+
+    def _goes_on(self, columns: dict[Key, Tensor], stacks: Obs, writer: int, head: int) -> bool:
+        """Whether an unroll begins with the observation that the last one of its writer ended with."""
+        stored = ((self._ring.get(key, writer, head, 1), leaf[:1]) for key, leaf in columns.items() if key[0] == "obs")
+        if not all(_same(old, new) for old, new in stored):
+            return False
+        if self._frames is None:
+            return True
+        cells = self._ring.cells_of(writer, head, 1)[0]
+        readable = self._frames.readable(self._ring.take(REACH, cells))
+        return torch.equal(self._frames.read(cells[readable]), stacks[0][readable])
+
+    def _close(self, writer: int, head: int) -> int:
+        """End running episodes as truncated: the newest observation is their final one, in a row of its own.
+
+        Gives the number of the next row.
+        """
+        ring = self._ring
+        self._evict(writer, head, 1)
+        terminated, truncated, valid = (ring.get((name,), writer, head - 1, 1) for name in FLAGS[1:])
+        truncated |= valid & ~terminated
+        for name in FLAGS:
+            ring.get((name,), writer, head, 1).zero_()
+        self._follow(writer, head - 1, head + 1)
+        return head + 1
+
+    def _evict(self, writer: int, head: int, rows: int) -> None:
+        """What so many new rows overwrite, or take a frame from, can no longer be drawn."""
+        before, after = (max(0, newest + 1 - self._ring.rows) for newest in (head, head + rows))
+        if after == before:
+            return
+        span = self._ring.get(SPAN, writer, before, after - before + self.stack - 1).clone()
+        place = torch.arange(before, before + len(span), device=self.device).unsqueeze(-1)
+        if self._frames is not None:
+            place = place - self._ring.get(REACH, writer, before, len(span)) % self.stack
+        self._mark(writer, before, span * (place >= after))
+
+    def _enter(self, writer: int, first: int, valid: Tensor, priorities: Tensor | None) -> None:
+        """Note the priorities that new rows will have."""
+        entering = torch.full(valid.shape, self._largest, device=self.device) if priorities is None else priorities
+        self._largest = max(self._largest, float(torch.where(valid, entering, 0.0).max()))
+        self._ring.put(ENTERING, writer, first, entering)
+
+    def _follow(self, writer: int, first: int, head: int) -> None:
+        """Rows from `first` to below `head` are there: work out what can be drawn now."""
+        low, span = self._samples.follow(writer, first, head)
+        if self._frames is not None:
+            span = span * self._frames.readable(self._ring.get(REACH, writer, low, len(span)))
+        self._counts[writer, 0] = head
+        self._mark(writer, low, span)
+
+    def _mark(self, writer: int, first: int, span: Tensor) -> None:
+        """Store spans, and with them what can be drawn."""
+        old = self._ring.get(SPAN, writer, first, len(span))
+        self._counts[writer, 1] += span.count_nonzero().cpu() - old.count_nonzero().cpu()
+        if self._tree is not None:
+            changed = (span > 0) != (old > 0)
+            priority = self._leaf(self._ring.get(ENTERING, writer, first, len(span)))
+            cells = self._ring.cells_of(writer, first, len(span))
+            self._tree.set(cells[changed], torch.where(span > 0, priority, 0.0)[changed])
+        self._ring.put(SPAN, writer, first, span)
+
+    # Sampling.
+
+    def sample(self, count: int, beta: float = 1.0) -> dict[str, Obs]:
+        """Draw N = `count` samples.
+
+        Args:
+            beta: exponent of the importance weights.
+
+        Returns:
+            What was recorded, `weight` [N], and `index` [N] for `prioritise`. Of transitions, all of it `[N, ...]`: the
+            row's obs, action and so on; `reward`, `discount` and `next_obs`, so that its target is
+            reward + discount·V(next_obs). Of sequences, all of it `[T, N, ...]` but `obs` and `start` `[T+1, N, ...]`
+            and the recurrent `state` `[N, S]` before their first row; rows beyond the episode's end are not valid.
+
+        Raises:
+            ValueError: while there is nothing to be drawn.
+        """
+        if not len(self):
+            raise ValueError(
+                f"none of the {int(self._counts[:, 0].sum()) * self.lanes} rows inserted so far begins a whole sample; "
+                "insert more before sampling."
+            )
+        if self._tree is None:
+            cells, weight = self._uniform(count), torch.ones(count, device=self.device)
+        else:
+            cells, weight = self._by_priority(self._tree, count, beta)
+        batch = self._samples.read(cells, self.generator)
+        return {**batch, "weight": weight, "index": self._serial(cells)}
+
+    def prioritise(self, index: Tensor, priorities: Tensor) -> None:
+        """Set the priorities `[N]` of samples by their `index` `[N]`; what was overwritten since then is left out.
+
+        Raises:
+            ValueError: for priorities that are no finite numbers ≥ 0; none is set then.
+        """
+        _check_priorities(priorities, torch.ones_like(index, dtype=torch.bool))
+        if self._tree is None or not len(index):
+            return
+        self._largest = max(self._largest, float(priorities.max()))
+        cells = index.remainder(self._ring.cells)
+        there = (self._serial(cells) == index) & (self._tree.leaves.index_select(0, cells) > 0)
+        self._tree.set(cells[there], self._leaf(priorities)[there])
+
+    def _leaf(self, priority: Tensor) -> Tensor:
+        return priority.double().clamp(min=EPSILON) ** self.plan.alpha
+
+    def _uniform(self, count: int) -> Tensor:
+        """Cells `[N]`, each that can be drawn as likely as any other."""
+        span, ring = self._ring.columns[SPAN].view(-1), self._ring
+        used = min(int(self._counts[:, 0].max()), ring.rows) * self.lanes * self.writers
+        if len(self) < SPARSE * used:
+            listed = span.nonzero().squeeze(-1)
+            return listed[self._integers(len(listed), count)]
+        cells = self._integers(used, count)
+        while not (found := span.index_select(0, cells) > 0).all():
+            cells = torch.where(found, cells, self._integers(used, count))
+        return cells
+
+    def _integers(self, below: int, count: int) -> Tensor:
+        return torch.randint(below, (count,), generator=self.generator, device=self.device)
+
+    def _by_priority(self, tree: SumTree, count: int, beta: float) -> tuple[Tensor, Tensor]:
+        """Cells `[N]`, one from each Nth of the priorities' sum, and their importance weights.
+
+        The weights are (M·P(i))^−β over their maximum (Schaul et al. 2016, section 3.4), here the maximum in the batch,
+        as most later code has it: it needs no second tree, and M and the sum cancel.
+        """
+        lots = torch.rand(count, generator=self.generator, device=self.device, dtype=torch.float64)
+        parts = (torch.arange(count, device=self.device) + lots) / count
+        cells = tree.find(parts * tree.total())
+        leaf = tree.leaves.index_select(0, cells)
+        return cells, ((leaf / leaf.min()) ** -beta).float()
+
+    def _serial(self, cells: Tensor) -> Tensor:
+        """A number that what is in a cell has for all time: its writer's row, counted from the first, · L + lane."""
+        ring, width = self._ring, self.lanes * self.writers
+        row = cells.div(width, rounding_mode="floor")
+        if self.writers == 1:
+            newest: Tensor | int = int(self._counts[0, 0]) - 1
+        else:
+            owner = cells.remainder(width).div(self.lanes, rounding_mode="floor")
+            newest = self._counts[:, 0].to(self.device).index_select(0, owner) - 1
+        laps = (newest - row).div(ring.rows, rounding_mode="floor")
+        return cells + laps * ring.cells
+
+    # Saving.
+
+    def state(self) -> dict[str, Any]:
+        """All that decides the future, as copies; of the ring only the rows that were written."""
+        filled = min(int(self._counts[:, 0].max()) + 1, self._ring.rows)
+        saved = {
+            "layout": self._layout(),
+            "generator": self.generator.get_state(),
+            "counts": self._counts.clone(),
+            "largest": self._largest,
+            "columns": nested({key: column[:filled].clone() for key, column in self._ring.columns.items()}),
+        }
+        if self._tree is not None:
+            saved["sums"] = self._tree.state(filled * self.lanes * self.writers)
+        return saved
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state()` was taken.
+
+        Raises:
+            ValueError: for the state of a buffer with another layout or other columns; nothing is loaded then.
+        """
+        mine = self._layout()
+        other = {name: value for name, value in state["layout"].items() if mine.get(name) != value}
+        if other:
+            wanted = {name: mine.get(name) for name in other}
+            raise ValueError(f"the saved replay has {other} where this one has {wanted}; give both the same settings.")
+        columns = dict(leaves(state["columns"]))
+        looks = {key: (tuple(leaf.shape[2:]), leaf.dtype) for key, leaf in columns.items() if key[0] != "replay"}
+        if self._ring.columns and looks:
+            _check_looks(looks, self._looks(), "the saved replay")
+        elif looks:
+            self._allocate(looks)
+        if self._ring.columns:
+            self._ring.columns[SPAN].zero_()
+        for key, leaf in columns.items():
+            self._ring.columns[key][: len(leaf)] = leaf
+        if self._tree is not None:
+            self._tree.load_state(state["sums"])
+        self.generator.set_state(state["generator"].cpu())
+        self._counts.copy_(state["counts"])
+        self._largest = float(state["largest"])
+
+    def _layout(self) -> dict[str, int | float]:
+        """What a saved replay has to share with the one that loads it."""
+        own = {"lanes": self.lanes, "writers": self.writers, "stack": self.stack}
+        names = ("capacity", "gamma", "n_step", "alpha", "sequence", "overlap", "hindsight")
+        return {**own, **{name: getattr(self.plan, name) for name in names}}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal, and NaN where the other is."""
+    return torch.equal(one, other) or torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def _check_plan(plan: ReplayPlan, lanes: int, stack: int, goal_reward: GoalReward | None) -> None:
+    plan.check(lanes)
+    if not 1 <= stack <= 64:
+        raise ValueError(f"stack={stack} is no number of frames; use 1 to 64.")
+    if plan.sequence > torch.iinfo(torch.int16).max:
+        raise ValueError(f"sequence={plan.sequence} is too long; use at most {torch.iinfo(torch.int16).max} steps.")
+    if plan.hindsight and goal_reward is None:
+        raise ValueError(
+            f"hindsight={plan.hindsight} needs to know what a goal is worth; give goal_reward(achieved, desired)."
+        )
+    if plan.hindsight and (plan.n_step > 1 or plan.sequence or stack > 1):
+        raise ValueError(
+            f"hindsight={plan.hindsight} relabels single transitions, and not with n_step={plan.n_step}, "
+            f"sequence={plan.sequence}, stack={stack}; use n_step=1, sequence=0 and stack=1."
+        )
+
+
+def _check_looks(
+    looks: Looks,
+    mine: Looks,
+    who: str,
+) -> None:
+    for key in sorted(looks.keys() | mine.keys()):
+        seen, wanted = (
+            f"{str(both[key][1]).removeprefix('torch.')}{list(both[key][0])}" if key in both else "nothing"
+            for both in (looks, mine)
+        )
+        if seen != wanted:
+            raise ValueError(
+                f"{who} has {seen} a lane as {'.'.join(key)!r} where this buffer stores {wanted}; give rows like those "
+                "of the first insert."
+            )
+
+
+def _check_priorities(priorities: Tensor, valid: Tensor) -> None:
+    """Refuse another shape, and numbers that are negative or not finite where `valid`."""
+    if priorities.shape != valid.shape:
+        raise ValueError(f"priorities {list(priorities.shape)} came for {list(valid.shape)} samples; give one each.")
+    wrong = valid & ~((priorities >= 0) & priorities.isfinite())
+    if wrong.any():
+        place = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"the priority {float(priorities[tuple(place)])} at {place} cannot be drawn by; give finite numbers of 0 "
+            "or more."
+        )

@@ -1,0 +1,135 @@
+"""Where replay keeps its rows: a ring of columns, allocated once, in RAM, shared memory, a file or on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rookery.envs.vector import Obs
+
+__all__ = ["Allocate", "Key", "Memory", "Ring", "allocator", "assembled", "leaves", "nested"]
+
+Memory = Literal["ram", "shared"] | Path  # a path is the folder of memory-mapped files
+Key = tuple[str, ...]  # a column's name, and below it the path into a structure
+Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]  # name, shape, dtype
+
+
+def leaves(value: Any, key: Key = ()) -> Iterator[tuple[Key, Tensor]]:
+    """Every tensor of a tensor, dict or TensorDict, with the path to it."""
+    if isinstance(value, Tensor):
+        yield key, value
+    else:
+        for name, child in value.items():
+            yield from leaves(child, (*key, name))
+
+
+def nested(parts: dict[Key, Any]) -> dict[str, Any]:
+    """Dicts in dicts that have these leaves: the inverse of `leaves`."""
+    whole: dict[str, Any] = {}
+    for (*path, name), leaf in parts.items():
+        inner = whole
+        for step in path:
+            inner = inner.setdefault(step, {})
+        inner[name] = leaf
+    return whole
+
+
+def assembled(parts: dict[Key, Tensor], size: list[int]) -> Obs:
+    """The tensor, or the nested TensorDict of this batch size, whose leaves these are."""
+    if () in parts:
+        return parts[()]
+    from tensordict import TensorDict  # takes a second to import, and only structures need it
+
+    return TensorDict(nested(parts), batch_size=size)
+
+
+def allocator(memory: Memory, device: torch.device) -> Allocate:
+    """How memory of a kind is made; what is never written takes no room in RAM.
+
+    Shared memory has no name that could be left behind; in a folder, each tensor is a sparse file `NAME.bin`.
+
+    Raises:
+        ValueError: for a kind that does not exist, or shared memory or files on another device.
+    """
+    if not (memory in ("ram", "shared") or isinstance(memory, Path)):
+        raise ValueError(f"memory={memory!r} is no kind of memory; use 'ram', 'shared' or the Path of a folder.")
+    if memory != "ram" and device.type != "cpu":
+        raise ValueError(f"memory={str(memory)!r} is not on {device}; use memory='ram' there, or device='cpu'.")
+    return partial(_allocate, memory, device)
+
+
+def _allocate(memory: Memory, device: torch.device, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if memory == "ram":
+        return torch.empty(shape, dtype=dtype, device=device)
+    size = torch.Size(shape)
+    if memory == "shared":
+        storage = torch.UntypedStorage._new_shared(size.numel() * dtype.itemsize)
+        return torch.empty(0, dtype=dtype).set_(storage, 0, size)  # type: ignore[call-overload]  # its stubs want strides
+    memory.mkdir(parents=True, exist_ok=True)
+    file = memory / f"{name.replace('/', '_')}.bin"
+    file.unlink(missing_ok=True)  # an earlier buffer's rows are not ours, and may still be mapped
+    return torch.from_file(str(file), shared=True, size=size.numel(), dtype=dtype).view(size)
+
+
+class Ring:
+    """Columns of C rows, time-major: L = W·B lanes side by side, B for each of W writers.
+
+    Each writer numbers its rows from 0 on; row r of any of them lies in row r mod C. A cell is one lane of one row:
+    cell = (r mod C)·L + lane.
+
+    Attributes:
+        rows: C.
+        columns: by key, `[C, L, ...]`.
+    """
+
+    def __init__(self, rows: int, lanes: int, writers: int, allocate: Allocate) -> None:
+        self.rows, self.lanes, self.writers, self.cells = rows, lanes, writers, rows * lanes * writers
+        self.columns: dict[Key, Tensor] = {}
+        self._allocate = allocate
+        self._written: dict[Key, list[Tensor]] = {}  # each writer's [C, B, ...]
+        self._flat: dict[Key, Tensor] = {}  # [C·L, numbers in a cell]
+
+    def add(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Make room for a column whose cells have this shape."""
+        column = self._allocate(".".join(key), (self.rows, self.lanes * self.writers, *shape), dtype)
+        self.columns[key] = column
+        self._written[key] = list(column.split(self.lanes, 1))
+        # Whole cells of a two-dimensional tensor are picked several times faster than those of one with more.
+        self._flat[key] = column.view(self.cells, -1) if shape else column.view(self.cells)
+
+    def put(self, key: Key, writer: int, first: int, values: Tensor) -> None:
+        """Store a writer's rows from row `first` on, `[T, B, ...]`, T ≤ C."""
+        column, place = self._written[key][writer], first % self.rows
+        room = self.rows - place
+        if len(values) > room:
+            column[: len(values) - room] = values[room:]
+            values = values[:room]
+        column[place : place + len(values)] = values
+
+    def get(self, key: Key, writer: int, first: int, count: int) -> Tensor:
+        """A writer's rows from row `first` on, `[count, B, ...]`: a view, or a copy where they wrap around."""
+        column, place = self._written[key][writer], first % self.rows
+        if place + count <= self.rows:
+            return column[place : place + count]
+        return torch.cat([column[place:], column[: place + count - self.rows]])
+
+    def take(self, key: Key, cells: Tensor) -> Tensor:
+        """These cells, `[*cells.shape, ...]`."""
+        found = self._flat[key].index_select(0, cells.flatten())
+        return found.view(*cells.shape, *self.columns[key].shape[2:])
+
+    def later(self, cells: Tensor, rows: Tensor | int) -> Tensor:
+        """The cells so many rows later in the same lanes; both broadcast."""
+        return (cells + rows * (self.lanes * self.writers)).remainder(self.cells)
+
+    def cells_of(self, writer: int, first: int, count: int) -> Tensor:
+        """The cells of a writer's rows from row `first` on, `[count, B]`."""
+        device = next(iter(self.columns.values())).device
+        row = torch.arange(first, first + count, device=device).remainder(self.rows)
+        lane = torch.arange(writer * self.lanes, (writer + 1) * self.lanes, device=device)
+        return row.unsqueeze(-1) * (self.lanes * self.writers) + lane
