@@ -169,8 +169,9 @@ class Collector:
         )
         rows["discounted_return"].copy_(sums[:, 2])
         self._sums, self._ended = sums[-1].clone(), ended[-1].clone()
-        self.returns += sums[:, 0][ended].tolist()
-        self.lengths += [int(length) for length in sums[:, 1][ended].tolist()]
+        if ended.any():
+            self.returns += sums[:, 0][ended].tolist()
+            self.lengths += [int(length) for length in sums[:, 1][ended].tolist()]
         return int(rows["valid"].sum())
 
     def episodes(self) -> dict[str, Any]:

@@ -289,6 +289,8 @@ def _looks(x: Tensor) -> str:
 
 def _scan(coefficient: Tensor, term: Tensor, last: Tensor | None, reverse: bool) -> Tensor:
     """`linear_recurrence` without gradients: an up-sweep and a down-sweep, in place on one copy of each argument."""
+    if len(term) == 1:  # of actors that hand on every step
+        return term.clone() if last is None else torch.addcmul(term, coefficient, last.unsqueeze(0))
     copy = torch.clone if reverse else _flip
     c, x = copy(coefficient), copy(term)
     steps, stride = len(x), 1
