@@ -16,20 +16,24 @@ from rookery.nn.flat import restore
 
 __all__ = ["Evaluation", "Evaluator"]
 
+SUCCESS = ("is_success", "success")  # what environments call it in `Step.info`
+
 
 class Evaluation(NamedTuple):
     """Whole episodes, in the order of their lanes."""
 
     returns: list[float]
     lengths: list[int]  # steps
+    successes: list[float] | None = None  # 1 where the environment's last step says so; None where it never does
 
     def summary(self) -> dict[str, Any]:
-        """Mean, standard deviation and number of the returns."""
-        return {
+        """Mean, standard deviation and number of the returns, and the share of successes where that is known."""
+        found = {
             "eval_return_mean": float(np.mean(self.returns)),
             "eval_return_std": float(np.std(self.returns)),
             "eval_episodes": len(self.returns),
         }
+        return found if self.successes is None else {**found, "eval_success": float(np.mean(self.successes))}
 
 
 class Evaluator:
@@ -62,8 +66,8 @@ class Evaluator:
             RuntimeError: if an episode takes more than `limit` steps.
         """
         each = -(-episodes // self.env.lanes)
-        sums = torch.zeros(2, self.env.lanes, device=self.env.device)
-        found: list[list[tuple[float, float]]] = [[] for _ in range(self.env.lanes)]
+        sums = torch.zeros(3, self.env.lanes, device=self.env.device)  # return, length, success
+        found: list[list[list[float]]] = [[] for _ in range(self.env.lanes)]  # of a lane's episodes, `sums`
         obs, state = self.env.reset(), self.net.initial_state(self.env.lanes, self.env.device)
         for _ in range(limit):
             with precision(self.env.device, self._bf16):
@@ -74,14 +78,16 @@ class Evaluator:
                 state = state.masked_fill(~step.valid.unsqueeze(-1), 0)
             sums[0] += step.info.get("raw_reward", step.reward)
             sums[1] += step.valid
+            sums[2] = next((step.info[name] for name in SUCCESS if name in step.info), torch.nan)
             ended = step.terminated | step.truncated
             if ended.any():
                 for lane in ended.nonzero().flatten().tolist():
-                    found[lane].append((float(sums[0, lane]), float(sums[1, lane])))
+                    found[lane].append(sums[:, lane].tolist())
                 sums.masked_fill_(ended, 0)
                 if all(len(lane) >= each for lane in found):
-                    kept = [episode for lane in found for episode in lane[:each]]
-                    return Evaluation([r for r, _ in kept], [int(length) for _, length in kept])
+                    columns = zip(*(episode for lane in found for episode in lane[:each]), strict=True)
+                    returns, lengths, successes = map(list, columns)
+                    return Evaluation(returns, [*map(int, lengths)], None if np.isnan(successes).any() else successes)
         raise RuntimeError(f"an episode of {self.env.spec.id} takes more than {limit} steps; give it a time limit.")
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from rookery.systems import SYSTEMS, find
 from rookery.topologies.actors_learner import ReplaySetting, Setting, crosses
 
 __all__ = ["resume", "train"]
+
+REPLAY = "replay"  # the folder of a replay that lies in files
 
 
 def train(
@@ -111,7 +114,7 @@ def execute(run: Run, name: str, options: Options, quiet: bool = False, saved: d
         options.cuda_graphs,
         options.precision == "bf16",
         ReplaySetting(
-            run.folder.path / "replay" if options.replay_memory == "disk" else "ram",
+            run.path / REPLAY if options.replay_memory == "disk" else "ram",
             options.device if options.replay_memory == "device" else "cpu",
             options.save_replay,
             run._make_net.spec.stack,
@@ -121,9 +124,12 @@ def execute(run: Run, name: str, options: Options, quiet: bool = False, saved: d
     topology = "actors_replay_learner" if isinstance(run.algorithm.plan, ReplayPlan) else "actors_learner"
     topology = find(name).topology if name in SYSTEMS else topology
     graph = import_module(f"rookery.topologies.{topology}").wire(setting, options.seed, options.actors)
-    with threads(options.threads), Keeper(run, options, quiet, saved) as keeper:
-        state = Inline(keeper.report).run(graph, keeper.between, None if saved is None else saved["run"])
-        keeper.finish(state)
+    try:
+        with threads(options.threads), Keeper(run, options, quiet, saved) as keeper:
+            state = Inline(keeper.report).run(graph, keeper.between, None if saved is None else saved["run"])
+            keeper.finish(state)
+    finally:
+        shutil.rmtree(run.path / REPLAY, ignore_errors=True)  # memory, not data: checkpoints have what is to be kept
     return run
 
 

@@ -88,7 +88,6 @@ class Target(NamedTuple):
     tau: float = 1.0  # τ; 1 copies
 
 
-
 # Settings by name, and what they have to be.
 POSITIVE = {"lr", "max_grad_norm", "clip", "target_kl", "memory_size", "target_period", "tau"}
 SHARES = {"gamma", "lam", "tau", "alpha", "beta", "epsilon", "epsilon_start", "hindsight"}

@@ -69,11 +69,12 @@ class D4PG(OffPolicy):
         return Acted(net.shaped(with_noise(net.actor(net.encode(obs)), explore)), {}, state)
 
     def loss(self, net: ActorCritics, target: ActorCritics, batch: Batch, now: Now) -> Loss:
-        support = torch.linspace(self.v_min, self.v_max, self.atoms, device=batch["reward"].device)
+        reward = batch["reward"]
+        support = torch.linspace(self.v_min, self.v_max, self.atoms, dtype=reward.dtype, device=reward.device)  # z
         with torch.no_grad():
             following = target.encode(batch["next_obs"])
             probability = target.critics(following, target.actor(following)).squeeze(0).softmax(-1)
-            y = categorical_projection(support, probability, batch["reward"], batch["discount"])  # eq. 3
+            y = categorical_projection(support, probability, reward, batch["discount"])  # eq. 3
 
         features = net.encode(batch["obs"])
         logits = net.critics(features, net.flat(batch["action"])).squeeze(0)

@@ -44,6 +44,7 @@ class MPO(OffPolicy):
     max_grad_norm: float | None = 40.0  # global norm of the gradient
     actor_lr: float | None = None  # the actor's own step size
     dual_lr: float = 1e-2  # the multipliers' own step size
+    std: float = 0.5  # σ of the first policy
     samples: int = 20  # M, actions of the old policy in each state
     epsilon: float = 0.1  # bound on the KL of the weights
     epsilon_mean: float = 2.5e-3  # bound on the KL of the mean, a coordinate
@@ -62,7 +63,9 @@ class MPO(OffPolicy):
             "std": torch.full((actions,), 1000.0),
         }
         layers = Layers(self.hidden, self.activation, self.layer_norm)
-        return ActorCritics(spec, "gaussian", layers, 1, 1, duals, self.normalize_obs, network)
+        net = ActorCritics(spec, "gaussian", layers, 1, 1, duals, self.normalize_obs, network)
+        net.set_std(self.std)
+        return net
 
     def parts(self, net: ActorCritics) -> dict[str, Part]:
         return {**actor_critic_parts(net, self.actor_lr), "duals": Part([*net.duals.parameters()], self.dual_lr)}

@@ -100,6 +100,7 @@ class QLearning(OffPolicy):
     epsilon: float = 0.05  # ε in the end
     epsilon_start: float = 1.0  # ε when learning starts; before that it is 1
     epsilon_steps: int = 50_000  # steps over which it falls
+    anneal: bool = False  # the learning rate falls linearly to 0 over the run
 
     @property
     def net_settings(self) -> dict[str, Any]:
@@ -109,6 +110,9 @@ class QLearning(OffPolicy):
 
     def optimizer(self, parameters: list[nn.Parameter], lr: Tensor) -> Optimizer:
         return Adam(parameters, lr, eps=self.adam_eps)
+
+    def learning_rate(self, remaining: float) -> float:
+        return self.lr * remaining if self.anneal else self.lr
 
     def exploration(self, steps: int, place: Tensor) -> float:
         since = steps - self.learning_starts

@@ -3,8 +3,9 @@
 Idea: maximise return and entropy at once. The critics learn the value of actions with the entropy that follows them,
 the policy moves to what they value, and a temperature weighs entropy so that the policy keeps a given amount of it.
 
-What differs from the paper: weights start orthogonal; what later papers changed are settings. Over discrete actions
-expectations are sums, not samples (Christodoulou 2019, arXiv 1910.07207), but the entropy aimed at is lower than his.
+What differs from the paper: the loss of the temperature is linear in log α, as in the authors' code, so that learning
+it does not slow down as α falls; weights start orthogonal; what later papers changed are settings. Over discrete
+actions expectations are sums, not samples (Christodoulou 2019, arXiv 1910.07207), at an entropy lower than his.
 `critics=10, target_critics=2, updates_per_step=20, policy_delay=20` is REDQ (Chen et al. 2021, arXiv 2101.05982).
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -88,8 +89,7 @@ class SAC(OffPolicy):
     def loss(self, net: ActorCritics, target: ActorCritics, batch: Batch, now: Now) -> Loss:
         obs, next_obs, judges = batch["obs"], batch["next_obs"], batch.get("judges")
         learnt = self.temperature is None
-        temperature = net.duals["log_temperature"].exp() if learnt else batch["reward"].new_tensor(self.temperature)
-        alpha = temperature.detach()
+        alpha = net.duals["log_temperature"].detach().exp() if learnt else batch["reward"].new_tensor(self.temperature)
 
         with torch.no_grad():
             policy, following = net.actor(net.encode(next_obs), mask_of(next_obs)), target.encode(next_obs)
@@ -110,7 +110,7 @@ class SAC(OffPolicy):
             )
             loss = loss - value.mean()  # 2018b, eq. 9
             if learnt:
-                loss = loss - (temperature * (log_prob.detach() + self.aim(net))).mean()  # 2018b, eq. 18
+                loss = loss - net.duals["log_temperature"] * (log_prob.detach().mean() + self.aim(net))
             metrics |= {"value": value.detach().mean(), "entropy": -log_prob.detach().mean()}
         return Loss(loss, {"loss": loss.detach(), **metrics}, priorities=error.detach().abs().mean(0))
 
@@ -129,13 +129,13 @@ class SAC(OffPolicy):
 
 
 def soft_value(
-    policy: Categorical | SquashedGaussian, judge: Callable[..., Tensor], temperature: Tensor, noise: Tensor | None
+    policy: Categorical | SquashedGaussian, judge: Callable[..., Tensor], temperature: Tensor, noise: Any
 ) -> tuple[Tensor, Tensor]:
     """E[Q(s, a) − α log π(a|s)] and E[log π(a|s)], `[N]`: of one sample, or over all discrete actions.
 
     Args:
         judge: Q `[N]` of an action `[N, A]`, or `[N, A]` of all for None.
-        noise: `[N, A]` for the sample.
+        noise: `[N, A]` for the sample; None for discrete actions.
     """
     if isinstance(policy, Categorical):
         probability = policy.logits.exp()

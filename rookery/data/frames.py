@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rookery.data.storage import Ring, assembled
+from rookery.data.storage import Ring
 from rookery.data.windows import steps_in_episode
 from rookery.envs.vector import Obs
 
@@ -23,8 +23,7 @@ class Observations:
 
     def read(self, cells: Tensor) -> Obs:
         """What was observed in these cells, `[*cells.shape, ...]`."""
-        columns = self.ring.columns
-        return assembled({key[1:]: self.ring.take(key, cells) for key in columns if key[0] == "obs"}, [*cells.shape])
+        return self.ring.read("obs", cells)
 
 
 class StackedFrames(Observations):

@@ -18,7 +18,7 @@ from rookery.data.storage import Key, Memory, Ring, allocator, leaves, nested
 from rookery.data.sum_tree import SumTree
 from rookery.envs.vector import Obs
 
-__all__ = ["ReplayBuffer"]
+__all__ = ["ReplayBuffer", "check_priorities"]
 
 NEEDED = ("obs", "action", *FLAGS)
 DROPPED = ("discounted_return", "raw_reward", "start")  # of an unroll, but not of replay
@@ -85,7 +85,7 @@ class ReplayBuffer:
 
     def __len__(self) -> int:
         """How many samples there are to be drawn now."""
-        return int(self._counts[:, 1].sum())
+        return sum(ready for _, ready in self._counts.tolist())
 
     # Writing.
 
@@ -112,8 +112,8 @@ class ReplayBuffer:
         columns = self._columns_of(rows)
         valid = columns["valid",]
         if priorities is not None:
-            _check_priorities(priorities, valid)
-        first = int(self._counts[writer, 0])
+            check_priorities(priorities, valid)
+        first = self._counts.tolist()[writer][0]
         goes_on = first > 0 and self._goes_on(columns, rows["obs"], writer, first)
         reaches = None
         if self._frames is not None:
@@ -243,7 +243,9 @@ class ReplayBuffer:
     def _mark(self, writer: int, first: int, span: Tensor) -> None:
         """Store spans, and with them what can be drawn."""
         old = self._ring.get(SPAN, writer, first, len(span))
-        self._counts[writer, 1] += span.count_nonzero().cpu() - old.count_nonzero().cpu()
+        gained = int(span.count_nonzero()) - int(old.count_nonzero())
+        if gained:
+            self._counts[writer, 1] += gained
         if self._tree is not None:
             changed = (span > 0) != (old > 0)
             priority = self._leaf(self._ring.get(ENTERING, writer, first, len(span)))
@@ -286,7 +288,7 @@ class ReplayBuffer:
         Raises:
             ValueError: for priorities that are no finite numbers ≥ 0; none is set then.
         """
-        _check_priorities(priorities, torch.ones_like(index, dtype=torch.bool))
+        check_priorities(priorities, torch.ones_like(index, dtype=torch.bool))
         if self._tree is None or not len(index):
             return
         self._largest = max(self._largest, float(priorities.max()))
@@ -300,13 +302,14 @@ class ReplayBuffer:
     def _uniform(self, count: int) -> Tensor:
         """Cells `[N]`, each that can be drawn as likely as any other."""
         span, ring = self._ring.columns[SPAN].view(-1), self._ring
-        used = min(int(self._counts[:, 0].max()), ring.rows) * self.lanes * self.writers
-        if len(self) < SPARSE * used:
+        counts = self._counts.tolist()
+        used = min(max(written for written, _ in counts), ring.rows) * self.lanes * self.writers
+        if sum(ready for _, ready in counts) < SPARSE * used:
             listed = span.nonzero().squeeze(-1)
             return listed[self._integers(len(listed), count)]
         cells = self._integers(used, count)
-        while not (found := span.index_select(0, cells) > 0).all():
-            cells = torch.where(found, cells, self._integers(used, count))
+        while not (found := span.index_select(0, cells)).all():
+            cells = torch.where(found > 0, cells, self._integers(used, count))
         return cells
 
     def _integers(self, below: int, count: int) -> Tensor:
@@ -326,15 +329,15 @@ class ReplayBuffer:
 
     def _serial(self, cells: Tensor) -> Tensor:
         """A number that what is in a cell has for all time: its writer's row, counted from the first, · L + lane."""
-        ring, width = self._ring, self.lanes * self.writers
-        row = cells.div(width, rounding_mode="floor")
+        ring = self._ring
         if self.writers == 1:
-            newest: Tensor | int = int(self._counts[0, 0]) - 1
-        else:
-            owner = cells.remainder(width).div(self.lanes, rounding_mode="floor")
-            newest = self._counts[:, 0].to(self.device).index_select(0, owner) - 1
-        laps = (newest - row).div(ring.rows, rounding_mode="floor")
-        return cells + laps * ring.cells
+            laps, place = divmod(self._counts.tolist()[0][0] - 1, ring.rows)
+            behind = cells >= (place + 1) * self.lanes  # written a lap ago
+            return torch.add(cells + laps * ring.cells, behind, alpha=-ring.cells)
+        lane = cells.remainder(self.lanes * self.writers)
+        written = self._counts[:, 0].to(self.device).repeat_interleave(self.lanes).index_select(0, lane)
+        row = cells.div(self.lanes * self.writers, rounding_mode="floor")
+        return cells + (written - 1 - row).div_(ring.rows, rounding_mode="floor") * ring.cells
 
     # Saving.
 
@@ -425,7 +428,7 @@ def _check_looks(
             )
 
 
-def _check_priorities(priorities: Tensor, valid: Tensor) -> None:
+def check_priorities(priorities: Tensor, valid: Tensor) -> None:
     """Refuse another shape, and numbers that are negative or not finite where `valid`."""
     if priorities.shape != valid.shape:
         raise ValueError(f"priorities {list(priorities.shape)} came for {list(valid.shape)} samples; give one each.")

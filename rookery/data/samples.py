@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rookery.data.frames import Observations
 from rookery.data.plan import ReplayPlan
-from rookery.data.storage import Key, Ring, assembled
+from rookery.data.storage import Key, Ring
 from rookery.data.windows import FAR, n_step_returns, steps_in_episode, steps_left
 from rookery.envs.vector import Obs
 
@@ -62,11 +62,8 @@ class Samples:
 
     def recorded(self, cells: Tensor, but: tuple[str, ...] = ()) -> dict[str, Obs]:
         """What else was stored in these cells."""
-        parts: dict[str, dict[Key, Tensor]] = {}
-        for key in self.ring.columns:
-            if key[0] not in ("replay", "obs", *FLAGS, *but):
-                parts.setdefault(key[0], {})[key[1:]] = self.ring.take(key, cells)
-        return {name: assembled(part, list(cells.shape)) for name, part in parts.items()}
+        names = [name for name in self.ring.names if name not in ("replay", "obs", *FLAGS, *but)]
+        return {name: self.ring.read(name, cells) for name in names}
 
     def count_steps(self, writer: int, first: int, head: int) -> None:
         """Note in new rows how many rows before each its episode began."""

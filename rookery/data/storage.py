@@ -39,7 +39,7 @@ def nested(parts: dict[Key, Any]) -> dict[str, Any]:
     return whole
 
 
-def assembled(parts: dict[Key, Tensor], size: list[int]) -> Obs:
+def assembled(parts: dict[Key, Tensor], size: torch.Size) -> Obs:
     """The tensor, or the nested TensorDict of this batch size, whose leaves these are."""
     if () in parts:
         return parts[()]
@@ -85,11 +85,13 @@ class Ring:
     Attributes:
         rows: C.
         columns: by key, `[C, L, ...]`.
+        names: the keys of a structure, or the one key of a tensor, by its name.
     """
 
     def __init__(self, rows: int, lanes: int, writers: int, allocate: Allocate) -> None:
         self.rows, self.lanes, self.writers, self.cells = rows, lanes, writers, rows * lanes * writers
         self.columns: dict[Key, Tensor] = {}
+        self.names: dict[str, list[Key]] = {}
         self._allocate = allocate
         self._written: dict[Key, list[Tensor]] = {}  # each writer's [C, B, ...]
         self._flat: dict[Key, Tensor] = {}  # [C·L, numbers in a cell]
@@ -98,6 +100,7 @@ class Ring:
         """Make room for a column whose cells have this shape."""
         column = self._allocate(".".join(key), (self.rows, self.lanes * self.writers, *shape), dtype)
         self.columns[key] = column
+        self.names.setdefault(key[0], []).append(key)
         self._written[key] = list(column.split(self.lanes, 1))
         # Whole cells of a two-dimensional tensor are picked several times faster than those of one with more.
         self._flat[key] = column.view(self.cells, -1) if shape else column.view(self.cells)
@@ -120,8 +123,14 @@ class Ring:
 
     def take(self, key: Key, cells: Tensor) -> Tensor:
         """These cells, `[*cells.shape, ...]`."""
+        if cells.ndim == 1 and self.columns[key].ndim <= 3:
+            return self._flat[key].index_select(0, cells)
         found = self._flat[key].index_select(0, cells.flatten())
         return found.view(*cells.shape, *self.columns[key].shape[2:])
+
+    def read(self, name: str, cells: Tensor) -> Obs:
+        """These cells of a whole structure, or of one tensor."""
+        return assembled({key[1:]: self.take(key, cells) for key in self.names[name]}, cells.shape)
 
     def later(self, cells: Tensor, rows: Tensor | int) -> Tensor:
         """The cells so many rows later in the same lanes; both broadcast."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -9,24 +11,28 @@ from rookery.data.storage import Allocate
 
 __all__ = ["SumTree"]
 
-FANOUT = 16  # children of a node
+# 32 children a node below a top of at most 1,024 sums: of 1M leaves, 512 are found in 155 µs and changed in 43 µs on
+# one core, against 162 and 39 with 16 below 4,096, 202 and 54 with 64 below 256, 184 and 57 with 8 below 4,096
+# (2026-11-21, torch 2.13).
+FANOUT, TOP = 32, 1024
 
 
 class SumTree:
-    """Priorities as leaves; every node is the sum of its children, made anew from them whenever one changes.
-
-    So no error builds up, and the sums depend on the leaves alone, not on how they came about.
+    """Priorities as leaves; every sum is made anew from what is below it whenever that changes, so no error builds up.
 
     Attributes:
-        levels: float64, the leaves first, the root's children last; each padded with zeros to whole nodes.
+        levels: float64 `[nodes, FANOUT]`, the leaves first; padded with zeros to whole nodes.
+        top: float64 `[nodes of the last level]`, its sums.
     """
 
-    def __init__(self, size: int, allocate: Allocate, fanout: int = FANOUT) -> None:
+    def __init__(self, size: int, allocate: Allocate, fanout: int = FANOUT, top: int = TOP) -> None:
         self.size, self.fanout = size, fanout
         self.levels: list[Tensor] = []
-        while not self.levels or size > 1:
-            size = -(-size // fanout)  # nodes above this level
+        while not self.levels or size > top:
+            size = -(-size // fanout)  # nodes that hold so many
             self.levels.append(allocate(f"sums.{len(self.levels)}", (size, fanout), torch.float64).zero_())
+        self.top = allocate("sums.top", (size,), torch.float64).zero_()
+        self._zero = torch.zeros((), dtype=torch.float64, device=self.top.device)
 
     @property
     def leaves(self) -> Tensor:
@@ -35,40 +41,42 @@ class SumTree:
 
     def total(self) -> Tensor:
         """The sum of all leaves, `[]`."""
-        return self.levels[-1].sum()
+        return self.top.sum()
 
     def set(self, index: Tensor, value: Tensor) -> None:
-        """Change leaves `[N]` to finite values ≥ 0 `[N]`; where an index comes twice, equal values."""
+        """Change leaves `[N]` to finite values ≥ 0 `[N]`; of an index that comes twice, one value stays."""
         self.levels[0].view(-1).index_copy_(0, index, value)
-        for level, above in zip(self.levels, self.levels[1:], strict=False):
+        for level, above in zip(self.levels, [*self.levels[1:], self.top], strict=True):
             index = index.div(self.fanout, rounding_mode="floor")
             above.view(-1).index_copy_(0, index, level.index_select(0, index).sum(-1))
 
     def find(self, mass: Tensor) -> Tensor:
         """The leaf that holds each point `[N]` of [0, total), laying the leaves end to end; never one of 0.
 
-        What rounding puts beyond the end belongs to the last leaf above 0. At least one leaf has to be.
+        What rounding puts beyond an end belongs to the last leaf above 0 before it. At least one leaf has to be.
         """
-        node = torch.zeros_like(mass, dtype=torch.int64)
+        ends = self.top.cumsum(0)
+        mass = torch.minimum(mass, torch.nextafter(ends[-1], self._zero))
+        node = torch.searchsorted(ends, mass, right=True)  # what is 0 ends where the one before it does: skipped
+        mass = (mass - (ends.index_select(0, node) - self.top.index_select(0, node))).clamp_(min=0).unsqueeze(-1)
         for level in reversed(self.levels):
-            ends = level.index_select(0, node).cumsum(-1)
-            mass = torch.minimum(mass, torch.nextafter(ends[:, -1], ends.new_zeros(())))
-            child = (ends <= mass.unsqueeze(-1)).sum(-1)  # a child of 0 ends where the one before it does: skipped
-            begin = ends.gather(-1, (child - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            mass = mass - begin * (child > 0)
-            node = node * self.fanout + child
+            values = level.index_select(0, node)
+            ends = values.cumsum(-1)
+            mass = torch.minimum(mass, torch.nextafter(ends[:, -1:], self._zero))
+            child = torch.searchsorted(ends, mass, right=True)
+            mass = (mass - (ends.gather(-1, child) - values.gather(-1, child))).clamp_(min=0)
+            node = torch.add(child.squeeze(-1), node, alpha=self.fanout)
         return node
 
     def state(self, size: int) -> dict[str, Tensor]:
-        """Copies of the nodes above the first `size` leaves, and of these; the other leaves have to be 0."""
-        saved = {}
-        for place, level in enumerate(self.levels):
-            size = -(-size // self.fanout)
-            saved[str(place)] = level[:size].clone()
-        return saved
+        """Copies of the first `size` leaves, rounded up to nodes, and of all sums; the other leaves have to be 0."""
+        first, *above = self.levels
+        saved = {str(place): level.clone() for place, level in enumerate(above, start=1)}
+        return {"0": first[: -(-size // self.fanout)].clone(), **saved, "top": self.top.clone()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from where `state()` of a tree of this size was taken."""
         for place, level in enumerate(self.levels):
             saved = state[str(place)]
             level.zero_()[: len(saved)] = saved
+        self.top.copy_(state["top"])

@@ -19,6 +19,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from rookery.envs.goals import has_goals, robotics_goal
 from rookery.envs.native import agent_space, lane_seeds, start_of
 from rookery.envs.spec import EnvSpec, dtype_of, leaves
 from rookery.envs.vector import EnvError, Obs, Step, VectorEnv
@@ -258,6 +259,7 @@ class EnvPoolEnv(VectorEnv):
         self._ids = np.arange(self.lanes, dtype=np.int32)
         self._mujoco = family.startswith("envpool.mujoco")
         limit = config["max_episode_steps"]
+        goals = family == "envpool.mujoco.robotics" and has_goals(obs_space)
         return EnvSpec(
             id=id,
             backend="envpool",
@@ -266,6 +268,7 @@ class EnvPoolEnv(VectorEnv):
             frame_skip=config.get("frame_skip", 1) if family in EMULATORS else 1,
             max_steps=limit if 0 < limit < UNLIMITED else None,
             reward_threshold=_threshold(id, config.get("reward_threshold")),
+            goal_reward=robotics_goal(config) if goals else None,
             stack=config.get("stack_num", 1) if family in EMULATORS else 1,
         )
 

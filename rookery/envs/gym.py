@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rookery.envs import gym_worker
+from rookery.envs.goals import ComputedGoal, has_goals
 from rookery.envs.gym_worker import LaneError, Maker
 from rookery.envs.native import agent_space, lane_seeds
 from rookery.envs.spec import EnvSpec, leaves
@@ -29,6 +30,7 @@ from rookery.envs.vector import EnvError, Obs, Step, VectorEnv
 
 __all__ = ["GymEnv", "gym_ids"]
 
+SUCCESS = "is_success"  # info that goal-conditioned environments have
 FAREWELL = 2.0  # seconds a worker has to close its environments before it is killed
 
 
@@ -90,6 +92,8 @@ class GymEnv(VectorEnv):
         except LaneError as error:
             raise EnvError(f"{name}, lane {error.lane}, {error.text}") from error
         self.spec = _describe(made[0], name, own=not isinstance(source, str))
+        if self.spec.goal_reward is not None and SUCCESS not in self._info:
+            self._info.append(SUCCESS)
         layout = gym_worker.fields(self.spec.obs_space, self.spec.action_space, lanes, len(self._info))
         self._share: _InPlace | _Workers
         if workers:
@@ -358,6 +362,7 @@ def _describe(env: gymnasium.Env, name: str, own: bool) -> EnvSpec:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Gymnasium warns of float64 bounds cast to float32
         obs_space, action_space = agent_space(env.observation_space), agent_space(env.action_space, is_action=True)
+    compute = getattr(getattr(env, "unwrapped", env), "compute_reward", None)
     leaves(obs_space), leaves(action_space)  # refuses what has no fixed-size tensor
     return EnvSpec(
         id=registered.id if registered else name,
@@ -367,4 +372,5 @@ def _describe(env: gymnasium.Env, name: str, own: bool) -> EnvSpec:
         frame_skip=frame_skip if isinstance(frame_skip, int) else 1,
         max_steps=registered.max_episode_steps if registered else None,
         reward_threshold=registered.reward_threshold if registered else None,
+        goal_reward=ComputedGoal(compute) if compute and has_goals(obs_space) else None,
     )

@@ -97,6 +97,10 @@ class ActorCritics(PolicyNet):
         self.critics = Critics(inputs, layers, critics, (self.actions, outputs) if self.discrete else (outputs,))
         self.duals = nn.ParameterDict({name: nn.Parameter(value) for name, value in (duals or {}).items()})
 
+    def set_std(self, std: float) -> None:
+        """Begin with this standard deviation, of a Gaussian before any squashing."""
+        self.actor.head.linear.bias.data[self.actions :] = math.log(std)
+
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         noise = torch.empty((*shape, self.actions), device=generator.device)
         if self.discrete:
@@ -122,7 +126,7 @@ class Actor(nn.Module):
     def __init__(self, features: int, actions: int, kind: Kind | Literal["categorical"], layers: Layers) -> None:
         super().__init__()
         self.mlp = MLP((features, *layers.hidden), layers.activation)
-        self.head: Callable[..., Any]
+        self.head: Any  # a Head, or layers
         if kind == "deterministic":
             self.head = nn.Sequential(init_linear(nn.Linear(self.mlp.features, actions), gain=0.01), nn.Tanh())
         elif kind == "categorical":
@@ -146,7 +150,7 @@ class Critics(nn.Module):
         self.activation, self.layer_norm = ACTIVATIONS[layers.activation], layers.layer_norm
         self.outputs = outputs[:-1] if outputs[-1] == 1 else outputs
         sizes = (inputs, *layers.hidden, math.prod(outputs))
-        gains = [math.sqrt(2)] * len(layers.hidden) + [1.0]
+        gains = [math.sqrt(2)] * len(layers.hidden) + [0.1]
         pairs = zip(sizes[:-1], sizes[1:], gains, strict=True)
         self.layers = nn.ModuleList(StackedLinear(copies, i, o, gain) for i, o, gain in pairs)
 
@@ -162,7 +166,7 @@ class Critics(nn.Module):
             frozen: let gradients reach features and action, and compute none for the critics.
         """
         given = features if action is None else torch.cat([features, action], -1)
-        parameters = [(layer.weight, layer.bias) for layer in self.layers]
+        parameters: list[tuple[Tensor, Tensor]] = [(layer.weight, layer.bias) for layer in self.layers]  # type: ignore[misc]
         if which is not None:
             parameters = [(weight[which], bias[which]) for weight, bias in parameters]
         if frozen:

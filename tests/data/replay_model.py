@@ -39,6 +39,7 @@ class Stream:
         self.frame = 0
         self.newest = [self.first_row("zeros" if pad == "carries" else pad) for _ in range(lanes)]
         self.over = [False] * lanes  # the newest observation is an episode's final one
+        self.age = [0] * lanes  # frames since those that were made up
 
     def next_frame(self) -> float:
         self.frame += 1
@@ -60,11 +61,9 @@ class Stream:
         self.newest, self.over = [self.first_row(pad) for _ in range(self.lanes)], [False] * self.lanes
         self.age = [0] * self.lanes
 
-    age: list[int]
-
     def step(self, lane: int) -> Row:
         """What happens in the newest row; the next one becomes the newest."""
-        row, ages = self.newest[lane], self.__dict__.setdefault("age", [0] * self.lanes)
+        row, ages = self.newest[lane], self.age
         if self.over[lane]:
             self.over[lane] = False
             if self.pad == "carries":

@@ -129,7 +129,7 @@ def test_what_it_cannot_act_on_is_refused(kind: Any) -> None:
         with pytest.raises(ValueError, match="use sac or dqn for Discrete actions, and ppo for any"):
             ActorCritics(spec(action=action), kind, SMALL)
     masked = spaces.Dict(vector=VECTOR, action_mask=spaces.Box(0, 1, (2,), np.int8))
-    with pytest.raises(ValueError, match="cannot be masked.*drop that key"):
+    with pytest.raises(ValueError, match=r"cannot be masked.*drop that key"):
         ActorCritics(spec(masked), kind, SMALL)
     if kind != "squashed":
         with pytest.raises(ValueError, match="use sac or dqn"):

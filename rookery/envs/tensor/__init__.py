@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from rookery.envs.tensor import catch, classic_control, deep_sea, grid, memory, probes
+from rookery.envs.tensor import bit_flip, catch, classic_control, deep_sea, grid, memory, probes
 from rookery.envs.tensor.base import TensorEnv
 
 __all__ = ["TENSOR_ENVS", "TensorEnv", "make_tensor_env"]
 
-_FILES = (classic_control, catch, deep_sea, memory, grid, probes)
+_FILES = (classic_control, catch, deep_sea, bit_flip, memory, grid, probes)
 _CLASSES: list[type[TensorEnv]] = [getattr(file, name) for file in _FILES for name in file.__all__]
 
 TENSOR_ENVS = {env.id: env for env in _CLASSES}

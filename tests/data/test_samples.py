@@ -1,0 +1,344 @@
+"""Samples by kind: goals that were reached later, stored recurrent states, structures; weights and frequencies."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from replay_model import Model, Stream
+from tensordict import TensorDict
+from torch import Tensor
+
+from rookery.data.plan import ReplayPlan
+from rookery.data.replay import ReplayBuffer
+
+LANES = 3
+
+
+def plan(**settings: Any) -> ReplayPlan:
+    return ReplayPlan(**({"capacity": 300, "batch": 8, "learning_starts": 1, "gamma": 0.9} | settings))
+
+
+def rows(count: int, lanes: int = LANES, **others: Tensor) -> dict[str, Any]:
+    """An unroll without ends."""
+    flags = {name: torch.zeros(count + 1, lanes, dtype=torch.bool) for name in ("terminated", "truncated")}
+    zeros = torch.zeros(count + 1, lanes)
+    return {"obs": zeros, "action": zeros, "reward": zeros, **flags, "valid": ~flags["truncated"], **others}
+
+
+def filled(seed: int = 0, inserts: int = 20, **settings: Any) -> tuple[ReplayBuffer, Stream]:
+    made = {name: settings.pop(name) for name in ("memory", "device") if name in settings}
+    buffer, stream = ReplayBuffer(plan(**settings), LANES, seed=seed, **made), Stream(LANES, 1, "zeros", seed)
+    for _ in range(inserts):
+        buffer.insert({name: value.to(buffer.device) for name, value in stream.unroll(4)[0].items()})
+    return buffer, stream
+
+
+# How often, and with what weight.
+
+
+def test_uniform_samples_are_equally_likely() -> None:
+    buffer, _ = filled()
+    seen = torch.cat([buffer.sample(500)["index"] for _ in range(60)]).unique(return_counts=True)[1]
+    expected = 30_000 / len(buffer)
+    assert len(seen) == len(buffer), "each is drawn"
+    freedom = len(buffer) - 1
+    assert ((seen - expected) ** 2 / expected).sum() < freedom + 3.3 * (2 * freedom) ** 0.5  # χ², p ≈ 0.001
+
+
+def test_where_little_can_be_drawn_it_is_equally_likely_too() -> None:
+    """Sequences of 9 that begin every 9 steps are less than a quarter of all cells, so they are listed."""
+    buffer, _ = filled(sequence=9)
+    assert len(buffer) < 0.25 * 80 * LANES
+    seen = torch.cat([buffer.sample(500)["index"] for _ in range(10)]).unique(return_counts=True)[1]
+    expected, freedom = 5_000 / len(buffer), len(buffer) - 1
+    assert len(seen) == len(buffer)
+    assert ((seen - expected) ** 2 / expected).sum() < freedom + 3.3 * (2 * freedom) ** 0.5
+
+
+def test_priorities_of_the_paper() -> None:
+    """Golden vector: p = (1, 2, 4), α = 0.6, β = 0.4."""
+    buffer = ReplayBuffer(plan(alpha=0.6), 3)
+    buffer.insert(rows(1), priorities=torch.tensor([[1.0, 2.0, 4.0]]))
+    batch = buffer.sample(9_000, beta=0.4)
+    for lane, (share, weight) in enumerate([(0.207766, 1.0), (0.314914, 0.846745), (0.47732, 0.716978)]):
+        mine = batch["index"] == lane
+        assert float(mine.float().mean()) == pytest.approx(share, abs=2e-4), "stratified: off by 2 of 9,000 at most"
+        assert batch["weight"][mine].unique().item() == pytest.approx(weight, abs=1e-6)
+
+
+def test_new_rows_get_the_largest_priority_so_far() -> None:
+    buffer = ReplayBuffer(plan(alpha=1.0), LANES)
+    buffer.insert(rows(2))
+    assert buffer._tree.leaves[: 2 * LANES].tolist() == [1.0] * 2 * LANES
+    buffer.prioritise(torch.arange(2), torch.tensor([7.0, 0.5]))
+    buffer.insert(rows(1))
+    assert buffer._tree.leaves[2 * LANES : 3 * LANES].tolist() == [7.0] * LANES
+    buffer.prioritise(torch.tensor([0]), torch.tensor([0.0]))
+    assert buffer._tree.leaves[0] == 1e-6, "not 0: it would never be seen again"
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), -1.0, float("inf")])
+def test_wrong_priorities_are_refused_whole(wrong: float) -> None:
+    buffer, stream = filled(alpha=0.6)
+    before, size = buffer._tree.leaves.clone(), len(buffer)
+    priorities = torch.tensor([2.0, wrong])
+    with pytest.raises(ValueError, match=rf"the priority {wrong} at \[1\] .* give finite numbers of 0 or more"):
+        buffer.prioritise(torch.tensor([200, 201]), priorities)
+    columns, each, _ = stream.unroll(2)
+    given = torch.ones(2, LANES).masked_fill(columns["valid"][:2], wrong)
+    assert any(row.valid for row in each[0] + each[1])
+    with pytest.raises(ValueError, match=f"the priority {wrong} at"):
+        buffer.insert(columns, priorities=given)
+    with pytest.raises(ValueError, match=r"priorities \[3\] came for \[2\] samples"):
+        buffer.prioritise(torch.tensor([200, 201]), torch.ones(3))
+    assert torch.equal(buffer._tree.leaves, before)
+    assert len(buffer) == size
+
+
+# Hindsight, on the bit-flip layout.
+
+
+def goal_reward(achieved: Tensor, desired: Tensor) -> Tensor:
+    return (achieved == desired).all(-1).float() - 1
+
+
+def bit_flips(stream: Stream, count: int) -> tuple[dict[str, Any], Any, Any]:
+    """A stream whose observations are numbers in bits, its goal another; the reward is 0 where they are equal."""
+    columns, own, newest = stream.unroll(count)
+    bits = columns["obs"].long().unsqueeze(-1).bitwise_and(2 ** torch.arange(12)).ne(0).float()
+    goal = torch.ones_like(bits)
+    parts = {"observation": bits, "achieved_goal": bits, "desired_goal": goal}
+    return {**columns, "obs": TensorDict(parts, batch_size=bits.shape[:2])}, own, newest
+
+
+def number(bits: Tensor) -> list[int]:
+    return (bits.long() * 2 ** torch.arange(12)).sum(-1).tolist()
+
+
+@pytest.mark.parametrize("share", [0.8, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.6])
+def test_goals_that_were_reached_later(share: float, alpha: float) -> None:
+    """Goals come from the same episode's later observations, all equally likely; all else stays as it was."""
+    settings = plan(hindsight=share, alpha=alpha, capacity=40 * LANES)
+    buffer, stream = ReplayBuffer(settings, LANES, goal_reward=goal_reward), Stream(LANES, 1, "zeros", 5)
+    model, relabelled, drawn = Model(settings, LANES, 1, 1), 0, 0
+    for turn in range(40):
+        if turn % 9 == 8:
+            stream.begin_anew(foreign=False)
+        columns, own, newest = bit_flips(stream, 1 + turn % 4)
+        assert buffer.insert(columns) == model.insert(0, own, newest)
+        ready = model.ready()
+        assert len(buffer) == len(ready), "rows of episodes that have ended, and no others"
+        if not ready:
+            continue
+        batch = buffer.sample(64)
+        for n, serial in enumerate(batch["index"].tolist()):
+            lane, place = ready[serial]
+            row, left = model.rows[lane][place], model.ended(lane, place, 10**9)
+            later = {int(model.obs(lane, place + ahead)) for ahead in range(1, left + 1)}
+            goals = {name: number(batch[name]["desired_goal"])[n] for name in ("obs", "next_obs")}
+            assert goals["obs"] == goals["next_obs"]
+            assert number(batch["obs"]["observation"])[n] == model.obs(lane, place)
+            reached = number(batch["next_obs"]["achieved_goal"])[n]
+            assert reached == model.obs(lane, place + 1)
+            assert batch["discount"][n] == pytest.approx(0.9 * (not row.terminated))
+            if goals["obs"] == 2**12 - 1:
+                assert batch["reward"][n] == pytest.approx(row.reward)
+                continue
+            assert goals["obs"] in later
+            assert batch["reward"][n] == (reached == goals["obs"]) - 1.0
+            relabelled += 1
+        drawn += 64
+    assert relabelled / drawn == pytest.approx(share, abs=0.04)
+
+
+def test_later_goals_are_equally_likely() -> None:
+    buffer = ReplayBuffer(plan(hindsight=1.0), 1, goal_reward=goal_reward)
+    bits = torch.arange(6).view(6, 1, 1).bitwise_and(2 ** torch.arange(12)).ne(0).float()
+    obs = TensorDict(dict.fromkeys(("observation", "achieved_goal", "desired_goal"), bits), batch_size=[6, 1])
+    ended = torch.zeros(6, 1, dtype=torch.bool)
+    ended[4] = True
+    buffer.insert(rows(5, 1, obs=obs, truncated=ended))
+    batch = buffer.sample(20_000)
+    goal, row = torch.tensor(number(batch["obs"]["desired_goal"])), batch["index"]
+    for each in range(5):
+        share = goal[row == each].bincount(minlength=6)[each + 1 :] / (row == each).sum()
+        assert share.sum() == pytest.approx(1.0)
+        assert torch.allclose(share, torch.full_like(share, 1 / (5 - each)), atol=0.04)
+
+
+# What is stored beside.
+
+
+def test_the_recurrent_state_of_a_sequence_is_that_before_its_first_row() -> None:
+    buffer = ReplayBuffer(plan(sequence=4, overlap=2), LANES)
+    state = torch.arange(13.0 * LANES * 2).view(13, LANES, 2)
+    buffer.insert(rows(12, state=state, log_prob=torch.rand(13, LANES), start=torch.ones(13, LANES, dtype=torch.bool)))
+    batch = buffer.sample(50)
+    row, lane = batch["index"] // LANES, batch["index"] % LANES
+    assert set(row.tolist()) == {0, 2, 4, 6, 8}
+    assert torch.equal(batch["state"], state[row, lane])
+    assert batch["log_prob"].shape == (4, 50)
+    assert torch.equal(batch["start"][0], row == 0)
+
+
+def test_what_replay_has_no_use_for_is_left_out() -> None:
+    buffer = ReplayBuffer(plan(), LANES)
+    numbers = torch.rand(5, LANES)
+    others = {"discounted_return": numbers, "raw_reward": numbers, "state": torch.zeros(LANES, 7), "log_prob": numbers}
+    assert buffer.insert(rows(4, **others)) == 4 * LANES
+    batch = buffer.sample(5)
+    assert set(batch) == {"obs", "action", "reward", "discount", "next_obs", "weight", "index", "log_prob"}
+    assert torch.equal(batch["log_prob"], numbers.view(-1)[batch["index"]])
+
+
+def test_structures_are_handed_back_as_they_were() -> None:
+    inner = {"speed": torch.rand(5, LANES, 2), "deep": {"image": torch.zeros(5, LANES, 3, 3, dtype=torch.uint8)}}
+    buffer, obs = ReplayBuffer(plan(), LANES), TensorDict(inner, batch_size=[5, LANES])
+    buffer.insert(rows(4, obs=obs, action=TensorDict({"push": torch.rand(5, LANES)}, batch_size=[5, LANES])))
+    batch = buffer.sample(6)
+    assert batch["next_obs"].batch_size == torch.Size([6])
+    assert batch["next_obs"]["deep", "image"].dtype == torch.uint8
+    assert torch.equal(batch["next_obs"]["speed"], inner["speed"].view(-1, 2)[batch["index"] + LANES])
+    assert list(batch["action"].keys()) == ["push"]
+    loaded = ReplayBuffer(plan(), LANES)
+    loaded.load_state(buffer.state())
+    assert torch.equal(loaded.sample(6)["obs"]["speed"], buffer.sample(6)["obs"]["speed"])
+
+
+# Memory.
+
+
+def read_elsewhere(buffer: ReplayBuffer, pipe: Any) -> None:
+    """In another process: read a sample, then see what is inserted later."""
+    pipe.send(buffer.sample(4)["obs"].tolist())
+    pipe.recv()
+    pipe.send(len(buffer))
+    pipe.recv()
+
+
+def test_shared_memory_is_seen_by_another_process_and_leaves_nothing() -> None:
+    before = set(Path("/dev/shm").iterdir())
+    context = torch.multiprocessing.get_context("spawn")
+    buffer, stream = filled(memory="shared", inserts=3)
+    own = ReplayBuffer(buffer.plan, LANES)
+    own.load_state(buffer.state())
+    ours, theirs = context.Pipe()
+    process = context.Process(target=read_elsewhere, args=(buffer, theirs))
+    process.start()
+    assert ours.recv() == own.sample(4)["obs"].tolist()
+    buffer.insert(stream.unroll(4)[0])
+    ours.send("look again")
+    assert ours.recv() == len(buffer)
+    ours.send("enough")
+    process.join(20)
+    assert process.exitcode == 0
+    del buffer
+    assert {path for path in Path("/dev/shm").iterdir() if path.name.startswith("torch_")} <= before
+    assert not mp.active_children()
+
+
+def test_memory_in_files(tmp_path: Path) -> None:
+    buffer, _ = filled(memory=tmp_path / "replay", alpha=0.6)
+    own, _ = filled(alpha=0.6)
+    assert {"obs.bin", "action.bin", "reward.bin"} <= {path.name for path in (tmp_path / "replay").iterdir()}
+    mine, its = own.sample(20), buffer.sample(20)
+    assert all(torch.equal(mine[name], its[name]) for name in mine)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("settings", [{}, {"alpha": 0.6, "n_step": 3}, {"sequence": 4, "overlap": 1}])
+def test_memory_on_a_gpu(settings: dict) -> None:
+    buffer, _ = filled(device="cuda", **settings)
+    own, _ = filled(**settings)
+    assert len(buffer) == len(own)
+    batch = buffer.sample(30)
+    assert {value.device.type for value in batch.values()} == {"cuda"}
+    buffer.prioritise(batch["index"], batch["index"].float())
+    own.load_state(buffer.state() | {"generator": own.generator.get_state()})
+    assert len(own) == len(buffer)
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("settings", "made", "message"),
+    [
+        ({"capacity": 20, "sequence": 8}, {}, r"capacity=20 gives each of 3 lanes 6 rows, .* use capacity=30 or more"),
+        ({"hindsight": 0.8}, {}, r"hindsight=0.8 needs to know .*; give goal_reward\(achieved, desired\)"),
+        ({"hindsight": 0.8, "n_step": 3}, {"goal_reward": goal_reward}, r"not with n_step=3, .*; use n_step=1"),
+        ({}, {"stack": 0}, r"stack=0 is no number of frames; use 1 to 64"),
+        ({}, {"memory": "tape"}, r"memory='tape' is no kind of memory; use 'ram', 'shared' or the Path of a folder"),
+        ({}, {"memory": "shared", "device": "meta"}, r"memory='shared' is not on meta; use memory='ram' there"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict, made: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReplayBuffer(plan(**settings), LANES, **made)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"obs": torch.zeros(5, LANES, 2)}, r"this insert has float32\[2\] a lane as 'obs' where .* stores float32\[\];"),
+        ({"reward": torch.zeros(5, LANES).double()}, r"has float64\[\] a lane as 'reward' where .* stores float32\[\]"),
+        ({"log_prob": torch.zeros(5, LANES)}, r"has float32\[\] a lane as 'log_prob' where .* stores nothing"),
+        ({"action": torch.zeros(5, 2)}, r"'action' has shape \[4, 2\]; 4 rows of 3 lanes bring \[4, 3\] of it"),
+    ],
+)
+def test_rows_unlike_the_first_are_refused_whole(wrong: dict, message: str) -> None:
+    buffer = ReplayBuffer(plan(), LANES)
+    buffer.insert(rows(4))
+    before = buffer.state()["columns"]["obs"]
+    with pytest.raises(ValueError, match=message):
+        buffer.insert(rows(4) | {"obs": torch.ones(5, LANES)} | wrong)
+    assert len(buffer) == 4 * LANES
+    assert torch.equal(buffer.state()["columns"]["obs"], before)
+
+
+def test_too_early_too_long_and_by_nobody() -> None:
+    buffer = ReplayBuffer(plan(n_step=3), LANES)
+    with pytest.raises(ValueError, match="none of the 0 rows inserted so far begins a whole sample; insert more"):
+        buffer.sample(4)
+    buffer.insert(rows(2))
+    with pytest.raises(ValueError, match="none of the 6 rows"):
+        buffer.sample(4)
+    with pytest.raises(ValueError, match=r"an insert of 200 rows .*capacity=300 over 3 lanes; insert 1 to 97 rows"):
+        buffer.insert(rows(200))
+    with pytest.raises(ValueError, match="no writer 1; this buffer has writers 0 to 0"):
+        buffer.insert(rows(2), writer=1)
+    with pytest.raises(ValueError, match="this one lacks valid"):
+        buffer.insert({name: value for name, value in rows(2).items() if name != "valid"})
+    buffer.insert(rows(97))
+    assert len(buffer) == 95 * LANES
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"n_step": 2}, r"the saved replay has {'n_step': 1} where this one has {'n_step': 2}; give both the same"),
+        ({"capacity": 330}, r"{'capacity': 300} where this one has {'capacity': 330}"),
+    ],
+)
+def test_states_of_other_buffers_are_refused(other: dict, message: str) -> None:
+    buffer, _ = filled()
+    with pytest.raises(ValueError, match=message):
+        ReplayBuffer(plan(**other), LANES).load_state(buffer.state())
+
+
+def test_a_refused_state_leaves_everything_as_it_was() -> None:
+    buffer, _ = filled()
+    other = ReplayBuffer(plan(), LANES)
+    other.insert(rows(4, obs=torch.rand(5, LANES, 2)))
+    twin = ReplayBuffer(plan(), LANES)
+    twin.load_state(other.state())
+    with pytest.raises(ValueError, match=r"the saved replay has float32\[\] a lane as 'obs' where .* float32\[2\]"):
+        other.load_state(buffer.state())
+    mine, its = other.sample(9), twin.sample(9)
+    assert all(torch.equal(mine[name], its[name]) for name in mine)
