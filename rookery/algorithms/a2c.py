@@ -50,7 +50,7 @@ class A2C(Algorithm):
     entropy_coef: float = 0.01  # β, weight of the entropy bonus
     max_grad_norm: float | None = 0.5  # global norm of the gradient
     hidden: tuple[int, ...] = (64, 64)  # units of the MLP's layers
-    activation: Literal["tanh", "relu", "silu"] = "tanh"
+    activation: Literal["tanh", "relu", "silu"] = "tanh"  # of those layers
     memory: Literal["none", "lstm", "gru"] = "none"  # recurrent core
     memory_size: int = 128  # units of the recurrent core
     normalize_obs: bool = False  # by running mean and variance

@@ -52,7 +52,7 @@ class OffPolicy(Algorithm):
     max_grad_norm: float | None = None  # global norm of the gradient
     hindsight: float = 0.0  # share of samples whose goal is one reached later (Andrychowicz et al. 2017: 0.8)
     hidden: tuple[int, ...] = (256, 256)  # units of the MLPs' layers
-    activation: Literal["tanh", "relu", "silu"] = "relu"
+    activation: Literal["tanh", "relu", "silu"] = "relu"  # of those layers
     normalize_obs: bool = False  # by running mean and variance
 
     @property

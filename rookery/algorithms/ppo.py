@@ -57,7 +57,7 @@ class PPO(Algorithm):
     max_grad_norm: float | None = 0.5  # global norm of the gradient
     target_kl: float | None = None  # leave out the rest of a batch's updates past this KL
     hidden: tuple[int, ...] = (64, 64)  # units of the MLP's layers
-    activation: Literal["tanh", "relu", "silu"] = "tanh"
+    activation: Literal["tanh", "relu", "silu"] = "tanh"  # of those layers
     memory: Literal["none", "lstm", "gru"] = "none"  # recurrent core
     memory_size: int = 128  # units of the recurrent core
     normalize_obs: bool = False  # by running mean and variance

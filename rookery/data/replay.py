@@ -66,8 +66,8 @@ class ReplayBuffer:
         _check_plan(plan, lanes * writers, stack, goal_reward)
         self.plan, self.lanes, self.writers, self.stack = plan, lanes, writers, stack
         self.device = torch.device(device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
         allocate = allocator(memory, self.device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
         # The newest row holds an observation only, and the oldest frames are seen in later stacks only.
         self._ring = ring = Ring(plan.capacity // (lanes * writers) + stack, lanes, writers, allocate)
         self._frames = StackedFrames(ring, stack) if stack > 1 else None

@@ -76,11 +76,11 @@ async def learner(role: Role, setting: Setting, weights: Weights, replay: Replay
     weights.publish(learner.version, learner.values(), learner.steps)
     while learner.steps < setting.total_steps:
         beta = plan.beta + (1 - plan.beta) * learner.steps / setting.total_steps
-        batch = await replay.sample(plan.batch, plan.updates(setting.lanes), beta=min(1.0, beta))
+        samples = await replay.sample(plan.batch, plan.updates(setting.lanes), beta=min(1.0, beta))
         before, steps = learner.steps, replay.inserts
-        priorities = learner.update(batch, steps)
+        priorities = learner.update({name: value.to(learner.device) for name, value in samples.items()}, steps)
         if priorities is not None:
-            replay.prioritise(batch["index"], priorities)
+            replay.prioritise(samples["index"], priorities)
         weights.publish(learner.version, learner.values(), learner.steps)
         if crosses(before, steps, setting.log_every):
             role.report(steps, learner.metrics())

@@ -250,6 +250,11 @@ def test_exploration_falls_from_the_start_of_learning() -> None:
     assert [noisy.exploration(steps, place) for steps in (0, 99, 100)] == [1, 1, 0]
 
 
+def test_learning_rate_falls_only_if_asked() -> None:
+    assert [DQN(lr=0.5).learning_rate(remaining) for remaining in (1, 0.5, 0)] == [0.5, 0.5, 0.5]
+    assert [DQN(lr=0.5, anneal=True).learning_rate(remaining) for remaining in (1, 0.5, 0)] == [0.5, 0.25, 0]
+
+
 @everyone
 def test_noise_changes_what_is_done(name: str) -> None:
     """Noisy layers explore without ε, and are quiet where nothing is explored."""

@@ -230,6 +230,7 @@ def test_shared_memory_is_seen_by_another_process_and_leaves_nothing() -> None:
     ours, theirs = context.Pipe()
     process = context.Process(target=read_elsewhere, args=(buffer, theirs))
     process.start()
+    theirs.close()  # so that a child that fails ends the wait
     assert ours.recv() == own.sample(4)["obs"].tolist()
     buffer.insert(stream.unroll(4)[0])
     ours.send("look again")

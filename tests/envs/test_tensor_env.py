@@ -94,7 +94,7 @@ def test_spaces_dtypes_and_episode_ends(name: str) -> None:
         assert step.reward.dtype == torch.float32
         assert {step.terminated.dtype, step.truncated.dtype, step.valid.dtype} == {torch.bool}
         assert {value.shape for value in step[1:5]} == {(lanes,)}
-        assert step.info == {}
+        assert step.info.keys() <= {"is_success"}
         assert torch.equal(step.valid, ~ended)
         assert not (step.terminated & step.truncated).any()
         assert not step.reward[ended].any()
