@@ -11,7 +11,7 @@ from torch import Tensor
 from rookery.algorithms.base import Batch, Explore, Part
 
 if TYPE_CHECKING:
-    from rookery.nn.continuous import ActorCritics
+    from rookery.nn.critics import ActorCritics
 
 __all__ = ["actor_critic_parts", "gaussian_scale", "normal_noise", "randomly", "update_norm", "with_noise"]
 

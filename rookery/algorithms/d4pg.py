@@ -24,7 +24,7 @@ from rookery.estimators import categorical_projection
 if TYPE_CHECKING:
     from rookery.envs.spec import EnvSpec
     from rookery.envs.vector import Obs
-    from rookery.nn.continuous import ActorCritics
+    from rookery.nn.critics import ActorCritics
 
 __all__ = ["D4PG"]
 
@@ -33,14 +33,14 @@ __all__ = ["D4PG"]
 class D4PG(OffPolicy):
     """Distributed distributional DDPG (Barth-Maron et al. 2018)."""
 
-    lr: float = 1e-4  # Adam's step size, of actor and critic (appendix A)
-    n_step: int = 5  # n of n-step returns (appendix A)
-    target_period: int = 100  # updates between copies (appendix A)
+    lr: float = 1e-4  # Adam's step size, of actor and critic
+    n_step: int = 5  # n of n-step returns (Tassa et al. 2018, section 4)
+    target_period: int = 100  # updates between copies (Tassa et al. 2018, section 4)
     tau: float = 1.0  # copies
     actor_lr: float | None = None  # the actor's own step size
     sigma: float = 0.3  # σ of the noise on actions
     sigma_last: float | None = None  # σ of the last lane, with a ladder over the others
-    atoms: int = 51  # of the distribution (appendix A)
+    atoms: int = 51  # of the distribution
     v_min: float = -150.0  # return of the first atom
     v_max: float = 150.0  # return of the last one
     layer_norm: bool = False  # in the critic
@@ -54,7 +54,7 @@ class D4PG(OffPolicy):
             )
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritics:
-        from rookery.nn.continuous import ActorCritics, Layers
+        from rookery.nn.critics import ActorCritics, Layers
 
         layers, more = Layers(self.hidden, self.activation, self.layer_norm), (self.normalize_obs, network)
         return ActorCritics(spec, "deterministic", layers, 1, self.atoms, None, *more)
@@ -74,7 +74,7 @@ class D4PG(OffPolicy):
         with torch.no_grad():
             following = target.encode(batch["next_obs"])
             probability = target.critics(following, target.actor(following)).squeeze(0).softmax(-1)
-            y = categorical_projection(support, probability, reward, batch["discount"])  # eq. 3
+            y = categorical_projection(support, probability, reward, batch["discount"])
 
         features = net.encode(batch["obs"])
         logits = net.critics(features, net.flat(batch["action"])).squeeze(0)
@@ -83,7 +83,7 @@ class D4PG(OffPolicy):
 
         features = features.detach()
         value = (net.critics(features, net.actor(features), frozen=True).softmax(-1) * support).sum(-1).mean()
-        loss = critic_loss - value  # its gradient in the actor is eq. 4
+        loss = critic_loss - value  # the mean of the distribution is what the actor climbs
         metrics = {"critic_loss": critic_loss, "target": (y * support).sum(-1).mean(), "value": value, "loss": loss}
         return Loss(loss, {name: each.detach() for name, each in metrics.items()}, priorities=divergence.detach())
 

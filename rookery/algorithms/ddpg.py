@@ -22,7 +22,7 @@ from rookery.algorithms.off_policy import OffPolicy, expected, weighted_mean
 if TYPE_CHECKING:
     from rookery.envs.spec import EnvSpec
     from rookery.envs.vector import Obs
-    from rookery.nn.continuous import ActorCritics
+    from rookery.nn.critics import ActorCritics
 
 __all__ = ["DDPG"]
 
@@ -37,7 +37,7 @@ class DDPG(OffPolicy):
     layer_norm: bool = False  # in the critic
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritics:
-        from rookery.nn.continuous import ActorCritics, Layers
+        from rookery.nn.critics import ActorCritics, Layers
 
         layers = Layers(self.hidden, self.activation, self.layer_norm)
         return ActorCritics(spec, "deterministic", layers, critics=1, normalize_obs=self.normalize_obs, network=network)

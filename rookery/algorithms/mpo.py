@@ -26,7 +26,7 @@ from rookery.nn.heads import Gaussian
 if TYPE_CHECKING:
     from rookery.envs.spec import EnvSpec
     from rookery.envs.vector import Obs
-    from rookery.nn.continuous import ActorCritics
+    from rookery.nn.critics import ActorCritics
 
 __all__ = ["MPO", "reweighted"]
 
@@ -53,7 +53,7 @@ class MPO(OffPolicy):
     layer_norm: bool = False  # in the critic
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritics:
-        from rookery.nn.continuous import ActorCritics, Layers
+        from rookery.nn.critics import ActorCritics, Layers
 
         actions = math.prod(spec.action_space.shape or ())
         duals = {  # before the softplus, which leaves numbers from 10 on as they are
@@ -132,7 +132,7 @@ class MPO(OffPolicy):
 def reweighted(value: Tensor, temperature: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Weights of M samples in each of N states `[N, M]`, softmax(q/η), and the dual of η whose minimum makes them.
 
-    g(η) = ηε + η mean_s log mean_i exp(q_i/η) (2018a, eq. 8): the weights' KL to equal ones is then at most ε.
+    g(η) = ηε + η mean_s log mean_i exp(q_i/η) (2018a, E-step): the weights' KL to equal ones is then at most ε.
 
     Args:
         value: q, `[N, M]`, without gradient.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from rookery.envs.spec import EnvSpec
     from rookery.envs.vector import Obs
-    from rookery.nn.continuous import ActorCritics
+    from rookery.nn.critics import ActorCritics
 
 __all__ = ["SAC", "judged", "soft_value"]
 
@@ -55,7 +55,7 @@ class SAC(OffPolicy):
             )
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritics:
-        from rookery.nn.continuous import ActorCritics, Layers
+        from rookery.nn.critics import ActorCritics, Layers
 
         layers = Layers(self.hidden, self.activation, self.layer_norm)
         duals = {"log_temperature": torch.zeros(())} if self.temperature is None else None
@@ -93,8 +93,13 @@ class SAC(OffPolicy):
 
         with torch.no_grad():
             policy, following = net.actor(net.encode(next_obs), mask_of(next_obs)), target.encode(next_obs)
-            lowest = lambda action: target.critics(following, action, judges).amin(0)  # noqa: E731
-            y = expected(batch, soft_value(policy, lowest, alpha, batch.get("next_noise"))[0])  # 2018b, eq. 3
+            next_value, _ = soft_value(
+                policy,
+                lambda action: target.critics(following, action, judges).amin(0),
+                alpha,
+                batch.get("next_noise"),
+            )
+            y = expected(batch, next_value)
 
         features = net.encode(obs)
         error = judged(net, features, batch["action"]) - y
@@ -131,7 +136,9 @@ class SAC(OffPolicy):
 def soft_value(
     policy: Categorical | SquashedGaussian, judge: Callable[..., Tensor], temperature: Tensor, noise: Any
 ) -> tuple[Tensor, Tensor]:
-    """E[Q(s, a) − α log π(a|s)] and E[log π(a|s)], `[N]`: of one sample, or over all discrete actions.
+    """V(s) = E[Q(s, a) − α log π(a|s)] and E[log π(a|s)], `[N]`: of one sample, or over all discrete actions.
+
+    2018b, eq. 3; Christodoulou 2019, eq. 10.
 
     Args:
         judge: Q `[N]` of an action `[N, A]`, or `[N, A]` of all for None.

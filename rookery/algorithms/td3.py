@@ -22,7 +22,7 @@ from rookery.algorithms.off_policy import OffPolicy, expected, weighted_mean
 if TYPE_CHECKING:
     from rookery.envs.spec import EnvSpec
     from rookery.envs.vector import Obs
-    from rookery.nn.continuous import ActorCritics
+    from rookery.nn.critics import ActorCritics
 
 __all__ = ["TD3"]
 
@@ -42,7 +42,7 @@ class TD3(OffPolicy):
     layer_norm: bool = False  # in the critics
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritics:
-        from rookery.nn.continuous import ActorCritics, Layers
+        from rookery.nn.critics import ActorCritics, Layers
 
         layers = Layers(self.hidden, self.activation, self.layer_norm)
         return ActorCritics(
@@ -65,7 +65,7 @@ class TD3(OffPolicy):
         with torch.no_grad():
             following = target.encode(batch["next_obs"])
             noise = (self.smoothing * batch["next_noise"]).clamp(-self.smoothing_clip, self.smoothing_clip)
-            next_action = (target.actor(following) + noise).clamp(-1, 1)  # eq. 14
+            next_action = (target.actor(following) + noise).clamp(-1, 1)  # section 5.3
             y = expected(batch, target.critics(following, next_action).amin(0))  # algorithm 1
 
         features = net.encode(batch["obs"])

@@ -65,7 +65,7 @@ class Mixture:
 
     def prioritise(self, index: Tensor, priorities: Tensor) -> None:
         """Each buffer gets the priorities of its own samples; see `ReplayBuffer.prioritise`."""
-        check_priorities(priorities, torch.ones_like(index, dtype=torch.bool))
+        check_priorities(priorities, None, index.shape)
         owner, own = index.remainder(len(self.parts)), index.div(len(self.parts), rounding_mode="floor")
         for place, part in enumerate(self.parts):
             mine = owner == place

@@ -5,6 +5,7 @@ The layout is decision 0008.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,6 +84,14 @@ class ReplayBuffer:
         counters = allocator("shared" if memory == "shared" else "ram", torch.device("cpu"))
         self._counts = counters("counts", (writers, 2), torch.int64).zero_()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes: memory that is shared stays so; a generator travels as bytes."""
+        return {**self.__dict__, "generator": self.generator.get_state().numpy().tobytes()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        noise = torch.frombuffer(bytearray(state["generator"]), dtype=torch.uint8)
+        self.__dict__.update(state, generator=torch.Generator(state["device"]).set_state(noise))
+
     def __len__(self) -> int:
         """How many samples there are to be drawn now."""
         return sum(ready for _, ready in self._counts.tolist())
@@ -109,10 +118,11 @@ class ReplayBuffer:
         """
         if not 0 <= writer < self.writers:
             raise ValueError(f"there is no writer {writer}; this buffer has writers 0 to {self.writers - 1}.")
+        rows = {name: value.to(self.device) for name, value in rows.items()}
         columns = self._columns_of(rows)
         valid = columns["valid",]
         if priorities is not None:
-            check_priorities(priorities, valid)
+            check_priorities(priorities, valid, valid.shape)
         first = self._counts.tolist()[writer][0]
         goes_on = first > 0 and self._goes_on(columns, rows["obs"], writer, first)
         reaches = None
@@ -288,13 +298,16 @@ class ReplayBuffer:
         Raises:
             ValueError: for priorities that are no finite numbers ≥ 0; none is set then.
         """
-        check_priorities(priorities, torch.ones_like(index, dtype=torch.bool))
+        priorities = priorities.to(self.device)
+        highest = check_priorities(priorities, None, index.shape)
         if self._tree is None or not len(index):
             return
-        self._largest = max(self._largest, float(priorities.max()))
+        self._largest = max(self._largest, highest)
         cells = index.remainder(self._ring.cells)
         there = (self._serial(cells) == index) & (self._tree.leaves.index_select(0, cells) > 0)
-        self._tree.set(cells[there], self._leaf(priorities)[there])
+        if not there.all():
+            cells, priorities = cells[there], priorities[there]
+        self._tree.set(cells, self._leaf(priorities))
 
     def _leaf(self, priority: Tensor) -> Tensor:
         return priority.double().clamp(min=EPSILON) ** self.plan.alpha
@@ -428,14 +441,18 @@ def _check_looks(
             )
 
 
-def check_priorities(priorities: Tensor, valid: Tensor) -> None:
-    """Refuse another shape, and numbers that are negative or not finite where `valid`."""
-    if priorities.shape != valid.shape:
-        raise ValueError(f"priorities {list(priorities.shape)} came for {list(valid.shape)} samples; give one each.")
-    wrong = valid & ~((priorities >= 0) & priorities.isfinite())
-    if wrong.any():
-        place = wrong.nonzero()[0].tolist()
+def check_priorities(priorities: Tensor, valid: Tensor | None, shape: torch.Size) -> float:
+    """The largest, 0 if there are none; refuses another shape, and where `valid` what is negative or not finite."""
+    if priorities.shape != shape:
+        raise ValueError(f"priorities {list(priorities.shape)} came for {list(shape)} samples; give one each.")
+    judged = priorities if valid is None else torch.where(valid, priorities, 0.0)
+    if not judged.numel():
+        return 0.0
+    low, high = (float(edge) for edge in judged.aminmax())  # NaN if any is
+    if not 0.0 <= low <= high < math.inf:
+        place = (~((judged >= 0) & judged.isfinite())).nonzero()[0].tolist()
         raise ValueError(
             f"the priority {float(priorities[tuple(place)])} at {place} cannot be drawn by; give finite numbers of 0 "
             "or more."
         )
+    return high

@@ -4,6 +4,9 @@ All have one form: a trunk from the observation to features, then a hidden layer
 doubled where the network is dueling, and noisy where exploration is learnt. On vectors the hidden layer is the last of
 `hidden`; on an image it is the dense layer of the convolutional network, as in the papers; on structures that hold
 images it comes after what they are encoded to; on a user's network there is none.
+
+Weights and biases start uniform in ±1/√inputs, as in the papers' code (Fortunato et al. 2018, section 3.2), and not
+orthogonal with gain √2: Q-learning with a network that starts as steep as that was seen to diverge.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from torch import Tensor, nn
 
 from rookery.nn.actor_critic import Network, OwnNetwork, _check_mask
 from rookery.nn.encoders import ACTIVATIONS, Encoder, ImageEncoder, make_encoder
-from rookery.nn.init import init_linear
 from rookery.nn.norm import NormObs
 from rookery.nn.policy import PolicyNet
 
@@ -162,7 +164,7 @@ class ImplicitQNet(QNet):
 
     def __init__(self, spec: EnvSpec, acting: int, **settings: Any) -> None:
         super().__init__(spec, **settings)
-        self.embedding = init_linear(nn.Linear(COSINES, self.trunk.features))
+        self.embedding = nn.Linear(COSINES, self.trunk.features)
         self.register_buffer("frequencies", math.pi * torch.arange(COSINES), persistent=False)
         self.register_buffer("midpoints", (torch.arange(acting) + 0.5) / acting, persistent=False)
 
@@ -187,10 +189,8 @@ class Stream(nn.Module):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         layer = NoisyLinear if noisy else nn.Linear
-        pairs = list(pairwise(sizes))
-        gains = [math.sqrt(2)] * (len(pairs) - 1) + [1.0]
-        self.layers = nn.ModuleList(init_linear(layer(*pair), gain) for pair, gain in zip(pairs, gains, strict=True))
-        self.noise_sizes = [sum(pair) if noisy else 0 for pair in pairs]
+        self.layers = nn.ModuleList(layer(*pair) for pair in pairwise(sizes))
+        self.noise_sizes = [sum(pair) if noisy else 0 for pair in pairwise(sizes)]
         self.noise_size = sum(self.noise_sizes)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -207,7 +207,7 @@ class NoisyLinear(nn.Linear):
     """y = (μ + σ ⊙ ε)x + (μ_b + σ_b ⊙ ε_b) with ε_ij = f(e_i)f(e_j) of a row's own (Fortunato et al. 2018, eq. 9).
 
     As the noise has rank one, that is μx + μ_b + f(e_out) ⊙ (σ(f(e_in) ⊙ x) + σ_b): no row needs a matrix of its own.
-    μ starts as that of any layer here, σ at 0.5 / √inputs (section 3.2).
+    μ starts as any layer here does, σ at 0.5 / √inputs (section 3.2).
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -232,6 +232,9 @@ def _trunk(
     if network is not None:
         return OwnNetwork(spec, network), (), activation
     encoder = make_encoder(spec.obs_space, hidden[:-1], activation=activation)
+    for layer in encoder.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.reset_parameters()
     if not isinstance(encoder, ImageEncoder):
         return encoder, hidden[-1:], activation
     width = encoder.features

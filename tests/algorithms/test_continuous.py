@@ -318,7 +318,7 @@ def test_golden_vectors() -> None:
 
 
 def test_the_dual_of_the_temperature_bounds_the_weights() -> None:
-    """At the minimum of g(η) the KL of the weights to equal ones is ε (2018a, eq. 8)."""
+    """At the minimum of g(η) the KL of the weights to equal ones is ε (2018a, E-step)."""
     value, eta = torch.randn(7, 20).double(), torch.tensor(1.0).double().requires_grad_()
     optimizer = torch.optim.LBFGS([eta], max_iter=100, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
 

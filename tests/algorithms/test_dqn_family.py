@@ -70,6 +70,7 @@ def table(values: list[list[float]]) -> Any:
     net = algorithm.networks(spec(len(values), len(values[0])))
     with torch.no_grad():
         net.advantage.layers[-1].weight.copy_(torch.tensor(values).T)
+        net.advantage.layers[-1].bias.zero_()
     return net
 
 

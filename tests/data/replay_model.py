@@ -1,4 +1,4 @@
-"""Replay as it would be written without tensors: lists of rows, and loops over them. And streams of rows to feed both."""
+"""Replay as it would be written without tensors, in lists of rows and loops over them; and streams to feed both."""
 
 from __future__ import annotations
 

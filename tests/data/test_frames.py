@@ -58,7 +58,7 @@ def test_what_is_no_stack_is_refused() -> None:
     rows = {"obs": obs, "action": torch.zeros(3, 2), "reward": torch.zeros(3, 2), **flags}
     rows["valid"] = torch.ones(3, 2, dtype=torch.bool)
     buffer = ReplayBuffer(ReplayPlan(capacity=100, batch=4, learning_starts=1), 2, stack=4)
-    with pytest.raises(ValueError, match=r"after row 0 of lane 0 is not the one .* no stack of 4 frames.*; use stack=1"):
+    with pytest.raises(ValueError, match=r"row 0 of lane 0 is not the one .* no stack of 4 frames.*; use stack=1"):
         buffer.insert(rows)
     with pytest.raises(ValueError, match=r"obs is of shape \[3, 2\], and stack=4 takes one tensor \[T\+1, B, 4·C"):
         buffer.insert({**rows, "obs": obs[..., 0, 0]})

@@ -22,13 +22,24 @@ PROBES: dict[str, dict[str, Any]] = {
     "ppo": {**QUICK, "steps": 6_000, "unroll": 16, "minibatches": 2},
     "a2c": {**QUICK, "steps": 8_000, "unroll": 4},
 }
+REPLAY = {name: QUICK[name] for name in ("envs", "gamma", "eval_every")} | {"hidden": (32,), "lr": 3e-3, "batch": 64}
+REPLAY |= {"steps": 3_000, "learning_starts": 500, "updates_per_step": 0.25, "capacity": 3_000}
+TARGET = {"target_period": 20, "epsilon_steps": 1_000}  # of Q-learning
+ATOMS = {"v_min": -2.0, "v_max": 2.0, "atoms": 21}
+OWN = {"c51": {**TARGET, **ATOMS}, "rainbow": {**TARGET, **ATOMS}, "d4pg": {**ATOMS, "v_min": -8.0}}
+OWN |= {"dqn": TARGET, "iqn": TARGET, "qr_dqn": {**TARGET, "quantiles": 16}}
+OWN |= {"mpo": {"target_period": 20, "updates_per_step": 1.0}}  # a small move of the policy each target period
+PROBES |= {name: {**REPLAY, **OWN.get(name, {})} for name in SYSTEMS if name not in PROBES}
+PROBES_OF_BOXES = {**PROBES, "a2c": {**PROBES["a2c"], "steps": 40_000}}
+DISCRETE = ("ppo", "a2c", "dqn", "c51", "qr_dqn", "iqn", "rainbow", "sac")
+CONTINUOUS = ("ppo", "a2c", "ddpg", "td3", "sac", "d4pg", "mpo")
 
 # The recall of one bit, 9 steps later; a policy without memory can only guess, for a return of 0.
 RECALL = {"envs": 64, "unroll": 20, "lr": 3e-3, "memory_size": 32, "steps": 40_000, "eval_every": 40_000}
 RECALL |= {"entropy_coef": 0.02, "normalize_reward": True}
 
 
-@pytest.mark.parametrize("system", PROBES)
+@pytest.mark.parametrize("system", ["ppo", "a2c"])
 @pytest.mark.parametrize(
     ("env", "values"),
     [
@@ -48,11 +59,22 @@ def test_values_of_probes(system: str, env: str, values: dict[float, float], tmp
     assert found.tolist() == pytest.approx(list(values.values()), abs=0.1)
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", DISCRETE)
 @pytest.mark.parametrize("env", ["Probe4-v0", "Probe5-v0"])
 def test_actions_of_probes(system: str, env: str, tmp_path: Path) -> None:
-    run = train(system, env, tmp_path, **PROBES.get(system, {}))
+    run = train(system, env, tmp_path, **PROBES[system])
     assert run.evaluate(64).returns == [1.0] * 64
+
+
+@pytest.mark.parametrize("system", CONTINUOUS)
+def test_numbers_are_copied(system: str, tmp_path: Path) -> None:
+    """Actions of a box: the return is minus the squared distance to the observation; at random it is −4/3."""
+    run = train(system, "ProbeBox-v0", tmp_path, **PROBES_OF_BOXES[system])
+    assert statistics.fmean(run.evaluate(256).returns) > -0.1
+
+
+def test_every_system_has_probes() -> None:
+    assert {*DISCRETE, *CONTINUOUS} == {*SYSTEMS}
 
 
 def test_cart_pole(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Features come from the observation first, then an actor's and the critics' own MLPs. Vectors have no layer in common.
 The encoder of images, and a user's network, is learnt from the critics' loss alone: algorithms hand its features to
-the actor detached (Yarats et al. 2021, "Improving sample efficiency in model-free RL from images", section 6).
+the actor detached (Yarats et al. 2021, "Improving sample efficiency in model-free RL from images").
 """
 
 from __future__ import annotations

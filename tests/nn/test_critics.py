@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rookery.envs.spec import EnvSpec, example
-from rookery.nn.continuous import ActorCritics, Critics, Layers
+from rookery.nn.critics import ActorCritics, Critics, Layers
 
 N, A = 5, 2
 VECTOR, ACTION = spaces.Box(-1, 1, (4,)), spaces.Box(-1, 1, (A,))
