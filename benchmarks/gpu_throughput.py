@@ -90,7 +90,10 @@ def measure(env_id: str, lanes: int, mode: dict[str, bool], args: argparse.Names
 def phases(collector: Any, learner: Any, slot: Any, device: str) -> dict[str, float]:
     """Seconds of one unroll and of one update, each waited for."""
     found = {}
-    for name, call in {"fill": lambda: collector.fill(slot), "update": lambda: learner.update(slot.batch(), learner.steps)}.items():
+    for name, call in {
+        "fill": lambda: collector.fill(slot),
+        "update": lambda: learner.update(slot.batch(), learner.steps),
+    }.items():
         wait(device)
         began = time.perf_counter()
         call()

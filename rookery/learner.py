@@ -47,6 +47,7 @@ class Learner:
         self.device = next(net.parameters()).device
         self.target_net = copy.deepcopy(net).requires_grad_(False) if algorithm.target else None
         self._target_flat = flat(algorithm, self.target_net) if self.target_net else None
+        self._buffers = list(zip(self.target_net.buffers(), net.buffers(), strict=True)) if self.target_net else []
         self.parts = algorithm.parts(net) or {"all": Part(list(net.parameters()))}
         self.lr = {name: torch.tensor(part.lr or algorithm.lr, device=self.device) for name, part in self.parts.items()}
         self.optimizers = {
@@ -125,12 +126,12 @@ class Learner:
     def _move_target(self) -> None:
         """target ← (1−τ)·target + τ·network, where that falls due; buffers are copied."""
         target = self.algorithm.target
-        if target is None or self._target_flat is None or self.target_net is None or self.updates % target.period:
+        if target is None or self._target_flat is None or self.updates % target.period:
             return
         for slow, fast in zip(self._target_flat.groups.values(), self.flat.groups.values(), strict=True):
             slow.lerp_(fast, target.tau)
-        for slow, fast in zip(self.target_net.buffers(), self.net.buffers(), strict=True):
-            slow.copy_(fast)
+        for slow_buffer, buffer in self._buffers:
+            slow_buffer.copy_(buffer)
 
     def _add(self, metrics: dict[str, Tensor]) -> None:
         """Add an update's numbers to those that are not yet reported; updates differ in which they have."""

@@ -69,6 +69,11 @@ class ReplayPlan:
                 raise Refused(f"{name}={getattr(self, name)} has to be between 0 and 1.")
         if self.sequence and not 0 <= self.overlap < self.sequence:
             raise Refused(f"overlap={self.overlap} has to be from 0 to below sequence={self.sequence}.")
+        if self.hindsight and (self.n_step > 1 or self.sequence):
+            raise Refused(
+                f"hindsight={self.hindsight} relabels single transitions, and n_step={self.n_step}, "
+                f"sequence={self.sequence} have several; use n_step=1 and sequence=0."
+            )
         longest = max(self.sequence, self.n_step)
         if self.capacity <= longest:
             raise Refused(f"capacity={self.capacity} rows hold no sample of {longest} steps; use more.")

@@ -417,11 +417,8 @@ def _check_plan(plan: ReplayPlan, lanes: int, stack: int, goal_reward: GoalRewar
         raise ValueError(
             f"hindsight={plan.hindsight} needs to know what a goal is worth; give goal_reward(achieved, desired)."
         )
-    if plan.hindsight and (plan.n_step > 1 or plan.sequence or stack > 1):
-        raise ValueError(
-            f"hindsight={plan.hindsight} relabels single transitions, and not with n_step={plan.n_step}, "
-            f"sequence={plan.sequence}, stack={stack}; use n_step=1, sequence=0 and stack=1."
-        )
+    if plan.hindsight and stack > 1:
+        raise ValueError(f"hindsight={plan.hindsight} reads goals from structures, not from stacks; use stack=1.")
 
 
 def _check_looks(

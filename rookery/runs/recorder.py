@@ -51,7 +51,8 @@ class Recorder:
         self._episodes += len(returns)
         self._returns.extend(value for value in map(plain, returns) if value is not None)
         if "eval_return_mean" in row:
-            self._evaluation = {name: row.get(name) for name in EVALUATION}
+            success = {"eval_success": row["eval_success"]} if "eval_success" in row else {}
+            self._evaluation = {**{name: row.get(name) for name in EVALUATION}, **success}
         for sink in self._sinks:
             sink.write(row)
         if self._progress is not None:

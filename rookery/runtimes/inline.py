@@ -105,7 +105,10 @@ class InlineWeights:
 
 
 class InlineReplay:
-    """`Replay` within one process, over any store with `insert`, `sample`, `prioritise`, `state` and `load_state`."""
+    """`Replay` within one process, over any store with `insert`, `sample`, `prioritise`, `state` and `load_state`.
+
+    While the store has nothing to sample (its `len` is 0: no episode has ended yet, say), writers go on past the ratio.
+    """
 
     def __init__(
         self,
@@ -125,9 +128,11 @@ class InlineReplay:
 
     async def room(self, items: int, writer: int = 0) -> None:
         """Writers insert in turn, so that a resumed run goes on with the one whose turn it was."""
-        await until(
-            lambda: writer == self._turn and self.limiter.may_insert(items), f"its turn, and room for {items} inserts"
-        )
+
+        def ready() -> bool:
+            return writer == self._turn and (self.limiter.may_insert(items) or not len(self.store))
+
+        await until(ready, f"its turn, and room for {items} inserts")
 
     def insert(self, items: Any, writer: int = 0) -> int:
         count = self.store.insert(items, writer)
@@ -136,7 +141,7 @@ class InlineReplay:
         return count
 
     async def sample(self, count: int, most: int = 1, **how: Any) -> Any:
-        await until(lambda: self.limiter.may_sample(count), f"{count} samples")
+        await until(lambda: self.limiter.may_sample(count) and len(self.store) > 0, f"{count} samples")
         drawn = min(most, int(self.limiter.owed // count)) * count
         self.limiter.samples += drawn
         return self.store.sample(drawn, **how)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -34,7 +34,7 @@ __all__ = ["ReplaySetting", "Setting", "actor", "evaluator", "learner", "wire"]
 class ReplaySetting:
     """Where replay lies, and what it knows of the environment."""
 
-    memory: str | Path = "ram"  # "ram", "shared" or a folder
+    memory: Literal["ram", "shared"] | Path = "ram"  # a path is the folder of memory-mapped files
     device: str = "cpu"
     save: bool = True  # in checkpoints
     stack: int = 1  # frames of an observation, each stored once

@@ -273,7 +273,7 @@ def test_memory_on_a_gpu(settings: dict) -> None:
     [
         ({"capacity": 20, "sequence": 8}, {}, r"capacity=20 gives each of 3 lanes 6 rows, .* use capacity=30 or more"),
         ({"hindsight": 0.8}, {}, r"hindsight=0.8 needs to know .*; give goal_reward\(achieved, desired\)"),
-        ({"hindsight": 0.8, "n_step": 3}, {"goal_reward": goal_reward}, r"not with n_step=3, .*; use n_step=1"),
+        ({"hindsight": 0.8, "n_step": 3}, {"goal_reward": goal_reward}, r"n_step=3, .* have several; use n_step=1"),
         ({}, {"stack": 0}, r"stack=0 is no number of frames; use 1 to 64"),
         ({}, {"memory": "tape"}, r"memory='tape' is no kind of memory; use 'ram', 'shared' or the Path of a folder"),
         ({}, {"memory": "shared", "device": "meta"}, r"memory='shared' is not on meta; use memory='ram' there"),

@@ -232,6 +232,12 @@ def one(lanes: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.ones(lanes, dtype=dtype)
 
 
+def majority(obs: TensorDict) -> Tensor:
+    """Whether most leaves of ProbeDict vote 1."""
+    votes = obs["choice"] + (obs["inner", "bytes"][:, 3] == 255) + (obs["pair", "0"][:, 0] > 0)
+    return votes + obs["pair", "1"][:, 1] + obs["counts"][:, 1] // 2 > 2
+
+
 ANSWERS: dict[str, tuple[Policy, float]] = {
     "Probe1-v0": (lambda obs: one(16), 1.0),
     "Probe3-v0": (lambda obs: one(16), 1.0),
@@ -245,19 +251,9 @@ ANSWERS: dict[str, tuple[Policy, float]] = {
         1.0,
     ),
     "ProbeMask-v0": (lambda obs: obs["action_mask"].long().argmax(-1), 1.0),
-    "ProbeDict-v0": (
-        lambda obs: (
-            (
-                obs["choice"]
-                + (obs["inner", "bytes"][:, 3] == 255)
-                + (obs["pair", "0"][:, 0] > 0)
-                + obs["pair", "1"][:, 1]
-                + obs["counts"][:, 1] // 2
-            )
-            > 2
-        ).long(),
-        1.0,
-    ),
+    "ProbeDict-v0": (lambda obs: majority(obs).long(), 1.0),
+    "ProbeDictBox-v0": (lambda obs: majority(obs).unsqueeze(-1) * 2.0 - 1.0, 1.0),
+    "ProbeImageBox-v0": (lambda obs: obs[:, 0, 0, :1] / 127.5 - 1, 0.0),
 }
 
 

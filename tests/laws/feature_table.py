@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import tiny, weights
+from tiny import home, tiny, weights
 
 import rookery
 from rookery.systems import SYSTEMS
@@ -23,24 +23,30 @@ __all__ = ["FEATURES", "PAGE", "Cells", "documented", "page", "try_cell"]
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "features.md"
 WORKS = "works"
 
-IMAGES = {"env": "tensor:KeyDoor-v0", "env_options": {"planes": "uint8", "max_steps": 5}}
+EITHER = ("tensor:Probe5-v0", "tensor:ProbeBox-v0")  # discrete actions, or a box for systems that need one
+IMAGES = {"env": ("tensor:KeyDoor-v0", "tensor:ProbeImageBox-v0"), "env_options": {"planes": "uint8", "max_steps": 5}}
 FEATURES: list[dict[str, Any]] = [
     {"name": "discrete", "env": "tensor:Probe5-v0"},
     {"name": "continuous", "env": "tensor:ProbeBox-v0"},
     {"name": "multi-discrete", "env": "tensor:ProbeMultiDiscrete-v0"},
     {"name": "multi-binary", "env": "tensor:ProbeMultiBinary-v0"},
     {"name": "tuple of actions", "env": "tensor:ProbeTuple-v0"},
-    {"name": "dict observation", "env": "tensor:ProbeDict-v0"},
+    {"name": "dict observation", "env": ("tensor:ProbeDict-v0", "tensor:ProbeDictBox-v0")},
     {"name": "action mask", "env": "tensor:ProbeMask-v0"},
     {"name": "images", **IMAGES},
     {"name": "frame stack", **IMAGES, "frame_stack": 2},
     {"name": "LSTM", "env": "tensor:ProbeMask-v0", "memory": "lstm"},
     {"name": "GRU", "env": "tensor:ProbeMask-v0", "memory": "gru"},
-    {"name": "normalised", "env": "tensor:Probe5-v0", "normalize_obs": True, "normalize_reward": True},
-    {"name": "bf16", "env": "tensor:Probe5-v0", "precision": "bf16"},
-    {"name": "several actors", "env": "tensor:Probe5-v0", "actors": 2},
-    {"name": "resumed", "env": "tensor:Probe5-v0"},
-    {"name": "compiled", "env": "tensor:Probe5-v0", "compile": True},
+    {"name": "observations normalised", "env": EITHER, "normalize_obs": True},
+    {"name": "rewards normalised", "env": EITHER, "normalize_reward": True},
+    {"name": "n-step", "env": EITHER, "n_step": 3},
+    {"name": "prioritised", "env": EITHER, "alpha": 0.6},
+    {"name": "hindsight", "env": ("tensor:BitFlip-v0", "envpool:FetchReach-v4"), "hindsight": 0.8},
+    {"name": "replay in files", "env": EITHER, "replay_memory": "disk"},
+    {"name": "bf16", "env": EITHER, "precision": "bf16"},
+    {"name": "several actors", "env": EITHER, "actors": 2},
+    {"name": "resumed", "env": EITHER},
+    {"name": "compiled", "env": EITHER, "compile": True},
 ]
 SLOW = ("compiled",)
 
@@ -54,9 +60,12 @@ def try_cell(system: str, feature: dict[str, Any], folder: Path) -> str:
         Exception: whatever a run that was not refused failed with.
     """
     options = {name: value for name, value in feature.items() if name not in ("name", "env")}
+    env = feature["env"] if isinstance(feature["env"], str) else home(system, *feature["env"])
+    if env == feature["env"][1]:
+        options.pop("env_options", None)  # of the first
     path = folder / f"{system}-{feature['name']}"
     try:
-        run = rookery.train(system, feature["env"], run_dir=path, quiet=True, **tiny(system, **options))
+        run = rookery.train(system, env, run_dir=path, quiet=True, **tiny(system, **options))
     except ValueError as error:
         if path.exists():  # refused only after the run had begun
             raise

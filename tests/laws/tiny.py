@@ -22,8 +22,9 @@ CLOCK = ("seconds", "steps_per_second")
 
 # Fields that several algorithms have; each takes those it knows.
 SMALL = {"unroll": 4, "epochs": 2, "minibatches": 2, "hidden": (8,), "memory_size": 8}
-SMALL |= {"batch": 8, "capacity": 96, "learning_starts": 24, "target_period": 3, "epsilon_steps": 50}  # of replay
-RUN = {"steps": 160, "envs": 4, "eval_episodes": 2, "log_every": 16, "eval_every": 48, "sinks": (), "device": "cpu"}
+SMALL |= {"batch": 8, "capacity": 96, "learning_starts": 24, "target_period": 3, "epsilon_steps": 50}  # replay
+RUN = {"steps": 160, "envs": 4, "eval_episodes": 2, "log_every": 16, "eval_every": 48, "sinks": ()}
+RUN |= {"device": "cpu", "threads": 1}
 
 
 def tiny(system: str, **settings: Any) -> dict[str, Any]:
@@ -33,9 +34,9 @@ def tiny(system: str, **settings: Any) -> dict[str, Any]:
 
 
 @cache
-def home(system: str) -> str:
-    """A small environment that the system takes: CartPole, or Pendulum for those that need continuous actions."""
-    for env in ("tensor:CartPole-v1", "tensor:Pendulum-v1"):
+def home(system: str, discrete: str = "tensor:CartPole-v1", continuous: str = "tensor:Pendulum-v1") -> str:
+    """The one of two environments that the system takes."""
+    for env in (discrete, continuous):
         with contextlib.suppress(ValueError):
             find(system).algorithm_class()().networks(make_env(env, 1).spec)
             return env

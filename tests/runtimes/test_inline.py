@@ -185,6 +185,9 @@ class Store:
     def __init__(self) -> None:
         self.items: list[Any] = []
 
+    def __len__(self) -> int:
+        return len(self.items)
+
     def insert(self, items: list[Any], writer: int) -> int:
         self.items += items
         return len(items)
@@ -271,6 +274,24 @@ def test_as_many_batches_as_are_owed_at_most(runtime: str) -> None:
     graph.role(several, replay=replay, ends_run=True)
     execute(runtime, graph)
     assert drawn[:4] == [24, 8, 24, 8]  # 32 samples are owed for 4 items
+
+
+def test_writers_go_on_while_there_is_nothing_to_sample(runtime: str) -> None:
+    """As long as no episode has ended, say; what is owed by then is sampled afterwards."""
+
+    class Slow(Store):
+        def __len__(self) -> int:
+            return max(0, len(self.items) - 40)
+
+    log: list[tuple[int, int]] = []
+    graph = Graph(0)
+    replay = graph.word("replay", "replay", **{**alternating(1.0, 4, 4, 8), "make_store": Slow})
+    graph.role(writer, replay=replay, items=4, log=log)
+    graph.role(sampler, replay=replay, batch=8, samples=20, log=log, ends_run=True)
+    execute(runtime, graph)
+    assert log[:11] == [(4, 0)] * 11
+    inserts, samples = (sum(each) for each in zip(*log, strict=True))
+    assert 0 <= inserts - 4 - samples < 8 + 4
 
 
 def test_no_writer_starves(runtime: str) -> None:

@@ -30,9 +30,7 @@ def learner_of(run: rookery.Run) -> dict[str, Any]:
 
 @pytest.mark.parametrize("updates_per_step", [0.1, 0.25, 1.0, 3.0])
 @pytest.mark.parametrize(("envs", "actors"), [(1, 1), (4, 1), (3, 2)])
-def test_updates_per_step_is_honoured_exactly(
-    updates_per_step: float, envs: int, actors: int, tmp_path: Path
-) -> None:
+def test_updates_per_step_is_honoured_exactly(updates_per_step: float, envs: int, actors: int, tmp_path: Path) -> None:
     run = train(tmp_path / "run", updates_per_step=updates_per_step, envs=envs, actors=actors)
     counts = learner_of(run)["counts"]
     assert counts["steps"] == run.summary["steps"]

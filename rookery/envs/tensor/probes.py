@@ -23,6 +23,8 @@ __all__ = [
     "Probe5",
     "ProbeBox",
     "ProbeDict",
+    "ProbeDictBox",
+    "ProbeImageBox",
     "ProbeMask",
     "ProbeMultiBinary",
     "ProbeMultiDiscrete",
@@ -260,6 +262,38 @@ class ProbeDict(_OneStep):
 
     def reward(self, noise: Tensor, action: Tensor) -> Tensor:
         return (action == ((noise < 0.5).sum(-1) > 2)).float()
+
+
+class ProbeDictBox(ProbeDict):
+    """The observation of ProbeDict, and a number for an action: 1 − (action − answer)², the answer being ±1."""
+
+    id = "ProbeDictBox-v0"
+
+    def build(self) -> None:
+        super().build()
+        self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reward(self, noise: Tensor, action: Tensor) -> Tensor:
+        answer = ((noise < 0.5).sum(-1) > 2) * 2.0 - 1.0
+        return 1.0 - (action.squeeze(-1) - answer).square()
+
+
+class ProbeImageBox(_OneStep):
+    """A grey image of one brightness (uint8 `[1, 8, 8]`), to be named by a number in [−1, 1]. Answer: return 0."""
+
+    id = "ProbeImageBox-v0"
+    reward_threshold = -0.05
+
+    def build(self) -> None:
+        super().build()
+        self.obs_space = spaces.Box(0, 255, (1, 8, 8), np.uint8)
+        self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def observe(self, state: State) -> Tensor:
+        return (state["noise"] * 255).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 8, 8)
+
+    def reward(self, noise: Tensor, action: Tensor) -> Tensor:
+        return -(action - ((noise * 255).to(torch.uint8) / 127.5 - 1)).square().sum(-1)
 
 
 class ProbeMask(TensorEnv):
