@@ -215,7 +215,7 @@ def show(words: list[str]) -> None:
         from rookery.systems import SYSTEMS
 
         for system in SYSTEMS.values():
-            print(f"{system.name:<8} {system.topology:<16} {system.about}")
+            print(f"{system.name:<8} {system.topology:<22} {system.about}")
     elif what == "envs":
         from rookery.envs.make import BACKENDS, env_ids
 

@@ -90,7 +90,7 @@ class Target(NamedTuple):
 
 # Settings by name, and what they have to be.
 POSITIVE = {"lr", "max_grad_norm", "clip", "target_kl", "memory_size", "target_period", "tau"}
-SHARES = {"gamma", "lam", "tau", "alpha", "beta", "epsilon", "epsilon_start", "hindsight"}
+SHARES = {"gamma", "lam", "tau", "epsilon", "epsilon_start"}
 NOT_NEGATIVE = {"value_coef", "entropy_coef"}
 
 

@@ -19,7 +19,7 @@ from rookery.nn.policy import PolicyNet
 if TYPE_CHECKING:
     from tensordict import TensorDict
 
-__all__ = ["ActorCritic", "ActorCriticOutput"]
+__all__ = ["ActorCritic", "ActorCriticOutput", "OwnNetwork", "check_mask"]
 
 Obs: TypeAlias = "Tensor | TensorDict"
 Network = nn.Module | Callable[[EnvSpec], nn.Module]
@@ -74,7 +74,7 @@ class ActorCritic(PolicyNet):
         self.return_norm = RunningNorm(()) if normalize_reward else None
         self.policy_head = make_head(spec.action_space, self.core.features, gain=0.01)
         self.value_head = init_linear(nn.Linear(self.core.features, 1), gain=1.0)
-        _check_mask(spec, self.policy_head.noise_size)
+        check_mask(spec, self.policy_head.noise_size)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return self.policy_head.draw(shape, generator, generator.device)
@@ -151,7 +151,8 @@ class OwnNetwork(Encoder):
         return features if len(lead) == 1 else features.reshape(*lead, self.features)
 
 
-def _check_mask(spec: EnvSpec, choices: int) -> None:
+def check_mask(spec: EnvSpec, choices: int) -> None:
+    """Refuse an action mask that has not one entry for each choice."""
     found, actions = leaves(spec.obs_space), leaves(spec.action_space)
     if (MASK,) in found and () in actions and found[(MASK,)].shape != (choices,):
         raise ValueError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rookery.envs.spec import MASK, leaves
-from rookery.nn.actor_critic import Network, OwnNetwork, _check_mask
+from rookery.nn.actor_critic import Network, OwnNetwork, check_mask
 from rookery.nn.encoders import ACTIVATIONS, MLP, StackedLinear, make_encoder
 from rookery.nn.heads import make_head
 from rookery.nn.init import init_linear
@@ -195,7 +195,7 @@ def _in_float32(function: Callable[..., Any], x: Tensor, *more: Any) -> Any:
 def _check_actions(spec: EnvSpec, kind: Kind) -> None:
     space = spec.action_space
     if isinstance(space, spaces.Discrete) and kind == "squashed":
-        _check_mask(spec, int(space.n))
+        check_mask(spec, int(space.n))
         return
     if not isinstance(space, spaces.Box) or not space.is_bounded() or np.issubdtype(space.dtype, np.integer):
         raise ValueError(

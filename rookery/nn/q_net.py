@@ -19,7 +19,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from rookery.nn.actor_critic import Network, OwnNetwork, _check_mask
+from rookery.nn.actor_critic import Network, OwnNetwork, check_mask
 from rookery.nn.encoders import ACTIVATIONS, Encoder, ImageEncoder, make_encoder
 from rookery.nn.norm import NormObs
 from rookery.nn.policy import PolicyNet
@@ -70,7 +70,7 @@ class QNet(PolicyNet):
                 "use sac or td3 for Box actions, and ppo for any."
             )
         self.actions, self.outputs = int(spec.action_space.n), outputs
-        _check_mask(spec, self.actions)
+        check_mask(spec, self.actions)
         self.norm = NormObs(spec.obs_space) if normalize_obs else None
         self.trunk, width, activation = _trunk(spec, hidden, activation, network)
         sizes = (self.trunk.features, *width)

@@ -14,6 +14,7 @@ import pytest
 
 import rookery
 from rookery import cli
+from rookery.systems import SYSTEMS
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(
@@ -22,7 +23,8 @@ BLOCK = re.compile(
 COMMAND = re.compile(r"^rookery (.*?)\s*(?:#.*)?$", re.MULTILINE)
 LEAST, PART = 512, 50  # a budget of N steps becomes N / PART, at least LEAST: a few updates
 
-SETTINGS = {"docs/tour.md": rookery.Options, "docs/systems/ppo.md": rookery.PPO, "docs/systems/a2c.md": rookery.A2C}
+SETTINGS = {f"docs/systems/{name}.md": system.algorithm_class() for name, system in SYSTEMS.items() if not system.preset}
+SETTINGS |= {"docs/tour.md": rookery.Options}
 
 
 class Block(NamedTuple):
