@@ -259,8 +259,10 @@ def build(
     if isinstance(plan, ReplayPlan) and plan.learning_starts >= options.steps:
         raise Refused(
             f"learning_starts={plan.learning_starts} leaves nothing of the {options.steps} steps to learn in; use more "
-            f"steps, or learning_starts={options.steps // 10}."
+            f"steps, or learning_starts={max(1, options.steps // 10)}."
         )
+    if not isinstance(plan, ReplayPlan) and options.replay_memory != "device":
+        raise Refused(f"replay_memory={options.replay_memory!r}: {name} learns from no replay; leave it out.")
     make_net = MakeNet(algorithm, spec, network, options.seed, options.device)
     make_net()  # what does not fit says so here
     return Run(RunFolder(Path()), algorithm, MakeEnv(env, options), make_net), options

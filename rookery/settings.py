@@ -15,7 +15,7 @@ import torch
 from rookery.algorithms.base import Algorithm
 from rookery.envs.spec import EnvSpec, dtype_of, leaves
 from rookery.envs.vector import VectorEnv
-from rookery.systems import find, recipe
+from rookery.systems import SYSTEMS, find, recipe
 
 __all__ = ["EnvLike", "Options", "as_dataclass", "device_of", "env_name", "resolve"]
 
@@ -84,7 +84,7 @@ def resolve(
     system: str | Algorithm, env: EnvLike, settings: dict[str, Any], tuned: bool = True
 ) -> tuple[str, Algorithm, Options]:
     """The system's name, the algorithm and the options that the caller's settings and the recipe (`tuned`) make."""
-    names = {each.name for each in dataclasses.fields(Options)}
+    names = _fields(Options)
     if isinstance(settings.get("sinks"), str):
         settings = {**settings, "sinks": (settings["sinks"],)}
     if isinstance(settings.get("env_options"), dict):
@@ -102,7 +102,7 @@ def resolve(
     row = find(system)
     name, kind = row.name, row.algorithm_class()
     merged = {**row.preset, **(recipe(name, env) if tuned and isinstance(env, str) else {}), **settings}
-    fields = {each.name for each in dataclasses.fields(kind)}  # type: ignore[arg-type]  # every algorithm is one
+    fields = _fields(kind)
     _refuse_unknown(merged, fields | names, name)
     algorithm = as_dataclass(kind, {name: value for name, value in merged.items() if name in fields})
     return name, algorithm, as_dataclass(Options, {name: value for name, value in merged.items() if name in names})
@@ -121,10 +121,17 @@ def env_name(env: EnvLike) -> str:
 
 
 def _refuse_unknown(settings: Iterable[str], known: set[str], owner: str) -> None:
-    """Raise for the first setting there is none of, with the nearest names."""
+    """Raise for the first setting there is none of, with the systems that have it, or the nearest names."""
     for name in sorted(set(settings) - known):
+        others = [system for system in SYSTEMS if name in _fields(find(system).algorithm_class())]
+        if others:
+            raise ValueError(f"{name}: no setting of {owner}, but of {', '.join(others)}.")
         near = difflib.get_close_matches(name, known, 3, 0.5) or sorted(known)
         raise ValueError(f"{name}: no setting of {owner}; nearest: {', '.join(near)}.")
+
+
+def _fields(kind: Any) -> set[str]:
+    return {each.name for each in dataclasses.fields(kind)}
 
 
 def as_dataclass(kind: Any, values: dict[str, Any]) -> Any:
@@ -134,7 +141,7 @@ def as_dataclass(kind: Any, values: dict[str, Any]) -> Any:
         ValueError: for a setting there is none of, or a value of a wrong type.
     """
     hints = get_type_hints(kind)
-    _refuse_unknown(values, {each.name for each in dataclasses.fields(kind)}, kind.__name__)
+    _refuse_unknown(values, _fields(kind), kind.__name__)
     fitting = {}
     for name, value in values.items():
         value = tuple(value) if isinstance(value, list) else value
