@@ -100,3 +100,30 @@ def test_a_child_that_fails_is_told_of(tmp_path: Path) -> None:
     script.write_text("raise SystemExit('the disk is full')")
     with pytest.raises(RuntimeError, match="failed with status 1: the disk is full"):
         child(str(script), {"kind": "any"}, [int(CORE)])
+
+
+@pytest.mark.slow
+def test_offpolicy_throughput(tmp_path: Path) -> None:
+    pytest.importorskip("stable_baselines3")
+    result, text = bench("offpolicy_throughput", tmp_path, "--cores", CORE, "--cases", "DQN CartPole")
+    check_machine(result, text)
+    results = result["cases"]["DQN CartPole"]["results"]
+    assert {"SB3", "ours eager", "ours bf16 compiled"} <= results.keys()
+    for (each,) in results.values():
+        assert each["updates_per_step"] == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.slow
+def test_offpolicy_learning(tmp_path: Path) -> None:
+    pytest.importorskip("stable_baselines3")
+    flags = ("--cores", CORE, "--systems", "sac", "--envs", "Hopper-v5", "--runs", str(tmp_path / "runs"))
+    result, text = bench("offpolicy_learning", tmp_path, *flags)
+    check_machine(result, text)
+    assert {run["kind"] for run in result["runs"]} == {"ours", "sb3"}
+
+
+@pytest.mark.slow
+def test_replay_throughput(tmp_path: Path) -> None:
+    pytest.importorskip("stable_baselines3")
+    result, text = bench("replay_throughput", tmp_path, "--cores", CORE)
+    check_machine(result, text)

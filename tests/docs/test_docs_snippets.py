@@ -23,8 +23,8 @@ BLOCK = re.compile(
 COMMAND = re.compile(r"^rookery (.*?)\s*(?:#.*)?$", re.MULTILINE)
 LEAST, PART = 512, 50  # a budget of N steps becomes N / PART, at least LEAST: a few updates
 
-SETTINGS = {f"docs/systems/{name}.md": system.algorithm_class() for name, system in SYSTEMS.items() if not system.preset}
-SETTINGS |= {"docs/tour.md": rookery.Options}
+OWN = {name: system.algorithm_class() for name, system in SYSTEMS.items() if not system.preset}
+SETTINGS = {"docs/tour.md": rookery.Options, **{f"docs/systems/{name}.md": kind for name, kind in OWN.items()}}
 
 
 class Block(NamedTuple):

@@ -22,7 +22,9 @@ CLOCK = ("seconds", "steps_per_second")
 
 # Fields that several algorithms have; each takes those it knows.
 SMALL = {"unroll": 4, "epochs": 2, "minibatches": 2, "hidden": (8,), "memory_size": 8}
-SMALL |= {"batch": 8, "capacity": 96, "learning_starts": 24, "target_period": 3, "epsilon_steps": 50}  # replay
+# of replay
+SMALL |= {"batch": 8, "capacity": 96, "learning_starts": 24, "updates_per_step": 0.25}
+SMALL |= {"target_period": 3, "epsilon_steps": 50, "quantiles": 8}
 RUN = {"steps": 160, "envs": 4, "eval_episodes": 2, "log_every": 16, "eval_every": 48, "sinks": ()}
 RUN |= {"device": "cpu", "threads": 1}
 
