@@ -11,8 +11,8 @@ import numpy as np
 from common import RESULTS, child, cores_of, entry, header, machine, parser, table, write
 
 NOTES = """A score is the mean return of 20 greedy episodes with the last weights; a cell is the mean over seeds with
-its 95 % interval (bootstrap over seeds, 10,000 draws). Both learn from equal steps in one environment, with one update a
-step, batches of 256 and two layers of 256, each side's other settings being its defaults. Runs are processes of their
+its 95 % interval (bootstrap over seeds, 10,000 draws). Both learn from equal steps in one environment, with one update
+a step, batches of 256 and two layers of 256, each side's other settings being its defaults. Runs are processes of their
 own, pinned to the same core, one after the other; each is kept in `--runs`, so that an interrupted benchmark goes on.
 """
 
