@@ -75,13 +75,13 @@ class OffPolicy(Algorithm):
         return Target(self.target_period, self.tau)
 
     def check(self, spec: EnvSpec, lanes: int) -> None:
-        super().check(spec, lanes)
         if self.hindsight and spec.goal_reward is None:
             raise Refused(
                 f"hindsight={self.hindsight} puts other goals in place of the desired ones, and {spec.id} does not say "
                 "what reward those give (EnvSpec.goal_reward); use hindsight=0, or a goal-conditioned environment such "
                 "as FetchReach-v4."
             )
+        super().check(spec, lanes)
 
 
 @dataclass(frozen=True)
