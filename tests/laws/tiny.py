@@ -39,7 +39,7 @@ def tiny(system: str, **settings: Any) -> dict[str, Any]:
 def home(system: str, discrete: str = "tensor:CartPole-v1", continuous: str = "tensor:Pendulum-v1") -> str:
     """The one of two environments that the system takes."""
     for env in (discrete, continuous):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError), torch.random.fork_rng(devices=[]):
             find(system).algorithm_class()().networks(make_env(env, 1).spec)
             return env
     raise AssertionError(f"{system} takes neither discrete nor continuous actions")
