@@ -13,7 +13,7 @@ from rookery.algorithms.base import Batch, Explore, Part
 if TYPE_CHECKING:
     from rookery.nn.critics import ActorCritics
 
-__all__ = ["actor_critic_parts", "gaussian_scale", "normal_noise", "randomly", "update_norm", "with_noise"]
+__all__ = ["actor_critic_parts", "gaussian_scale", "normal_noise", "randomly", "with_noise"]
 
 
 def actor_critic_parts(net: ActorCritics, actor_lr: float | None, every: int = 1) -> dict[str, Part]:
@@ -46,9 +46,3 @@ def with_noise(action: Tensor, explore: Explore | None) -> Tensor:
 def normal_noise(net: ActorCritics, batch: Batch, generator: torch.Generator, names: tuple[str, ...]) -> Batch:
     """Noise for the policy `[N, A]` by name."""
     return dict(zip(names, net.draw((len(names), len(batch["reward"])), generator).unbind(0), strict=True))
-
-
-def update_norm(net: ActorCritics, batch: Batch) -> None:
-    """Merge the sampled observations into the network's running statistics, if it keeps any."""
-    if net.norm is not None:
-        net.norm.update(batch["obs"])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rookery.algorithms.base import Acted, Batch, Explore, Loss, Network, Now, Part, Refused
-from rookery.algorithms.continuous import actor_critic_parts, gaussian_scale, update_norm, with_noise
+from rookery.algorithms.continuous import actor_critic_parts, gaussian_scale, with_noise
 from rookery.algorithms.off_policy import OffPolicy, weighted_mean
 from rookery.estimators import categorical_projection
 
@@ -86,6 +86,3 @@ class D4PG(OffPolicy):
         loss = critic_loss - value  # the mean of the distribution is what the actor climbs
         metrics = {"critic_loss": critic_loss, "target": (y * support).sum(-1).mean(), "value": value, "loss": loss}
         return Loss(loss, {name: each.detach() for name, each in metrics.items()}, priorities=divergence.detach())
-
-    def finish(self, net: ActorCritics, batch: Batch) -> None:
-        update_norm(net, batch)

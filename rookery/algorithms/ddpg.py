@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rookery.algorithms.base import Acted, Batch, Explore, Loss, Network, Now, Part
-from rookery.algorithms.continuous import actor_critic_parts, gaussian_scale, update_norm, with_noise
+from rookery.algorithms.continuous import actor_critic_parts, gaussian_scale, with_noise
 from rookery.algorithms.off_policy import OffPolicy, expected, weighted_mean
 
 if TYPE_CHECKING:
@@ -65,6 +65,3 @@ class DDPG(OffPolicy):
         loss = critic_loss - value  # its gradient in the actor is eq. 6
         metrics = {"critic_loss": critic_loss, "target": y.mean(), "value": value, "loss": loss}
         return Loss(loss, {name: each.detach() for name, each in metrics.items()}, priorities=error.detach().abs())
-
-    def finish(self, net: ActorCritics, batch: Batch) -> None:
-        update_norm(net, batch)

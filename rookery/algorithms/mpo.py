@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rookery.algorithms.base import Acted, Batch, Explore, Loss, Network, Now, Part
-from rookery.algorithms.continuous import actor_critic_parts, randomly, update_norm
+from rookery.algorithms.continuous import actor_critic_parts, randomly
 from rookery.algorithms.off_policy import OffPolicy, expected, weighted_mean
 from rookery.nn.heads import Gaussian
 
@@ -123,8 +123,8 @@ class MPO(OffPolicy):
         metrics = {name: each.detach() for name, each in {"loss": loss, **metrics}.items()}
         return Loss(loss, metrics, priorities=error.detach().abs())
 
-    def finish(self, net: ActorCritics, batch: Batch) -> None:
-        update_norm(net, batch)
+    def finish(self, net: ActorCritics, data: Batch) -> None:
+        super().finish(net, data)
         for raw in net.duals.values():
             raw.clamp_(min=LEAST_DUAL)
 

@@ -83,6 +83,11 @@ class OffPolicy(Algorithm):
             )
         super().check(spec, lanes)
 
+    def finish(self, net: Any, data: Batch) -> None:
+        """Merge the sampled observations into the network's running statistics, if it keeps any."""
+        if net.norm is not None:
+            net.norm.update(data["obs"])
+
 
 @dataclass(frozen=True)
 class QLearning(OffPolicy):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rookery.algorithms.base import Acted, Batch, Explore, Loss, Network, Now, Part, Refused
-from rookery.algorithms.continuous import actor_critic_parts, normal_noise, randomly, update_norm
+from rookery.algorithms.continuous import actor_critic_parts, normal_noise, randomly
 from rookery.algorithms.off_policy import OffPolicy, expected, weighted_mean
 from rookery.envs.spec import mask_of
 from rookery.nn.heads import Categorical, SquashedGaussian
@@ -128,9 +128,6 @@ class SAC(OffPolicy):
         if self.target_entropy is not None:
             return self.target_entropy
         return 0.5 * math.log(net.actions) if net.discrete else -float(net.actions)
-
-    def finish(self, net: ActorCritics, batch: Batch) -> None:
-        update_norm(net, batch)
 
 
 def soft_value(

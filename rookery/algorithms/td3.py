@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rookery.algorithms.base import Acted, Batch, Explore, Loss, Network, Now, Part
-from rookery.algorithms.continuous import actor_critic_parts, gaussian_scale, normal_noise, update_norm, with_noise
+from rookery.algorithms.continuous import actor_critic_parts, gaussian_scale, normal_noise, with_noise
 from rookery.algorithms.off_policy import OffPolicy, expected, weighted_mean
 
 if TYPE_CHECKING:
@@ -78,6 +78,3 @@ class TD3(OffPolicy):
             loss = loss - value.mean()
             metrics["value"] = value.detach().mean()
         return Loss(loss, {"loss": loss.detach(), **metrics}, priorities=error.detach().abs().mean(0))
-
-    def finish(self, net: ActorCritics, batch: Batch) -> None:
-        update_norm(net, batch)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from feature_table import FEATURES, PAGE, SLOW, documented, page, try_cell
+from tiny import home, tiny
 
+import rookery
 from rookery.systems import SYSTEMS
 
 ADVICE = "write the page anew: python tests/laws/feature_table.py"
@@ -20,6 +23,14 @@ def test_the_page_says_what_happens(system: str, name: str, tmp_path: Path) -> N
     feature = next(feature for feature in FEATURES if feature["name"] == name)
     found = try_cell(system, feature, tmp_path)
     assert documented().get((system, name)) == found, ADVICE
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_normaliser_learns_what_is_observed(system: str, tmp_path: Path) -> None:
+    settings = tiny(system, normalize_obs=True)
+    run = rookery.train(system, home(system), run_dir=tmp_path / "run", quiet=True, **settings)
+    untrained, learnt = run._make_net().norm.state_dict(), run.net().norm.state_dict()
+    assert all(not torch.equal(learnt[name], untrained[name]) for name in untrained)
 
 
 def test_the_page_is_whole() -> None:
