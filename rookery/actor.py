@@ -15,7 +15,6 @@ from rookery.envs.tensor.base import TensorEnv
 from rookery.envs.vector import Obs, VectorEnv
 from rookery.estimators import linear_recurrence
 from rookery.nn.compiled import compiled, precision
-from rookery.nn.flat import restore
 
 __all__ = ["Collector", "Unroll"]
 
@@ -89,7 +88,7 @@ class Collector:
 
     def load(self, version: int, values: dict[str, Tensor]) -> None:
         """Act with these weights from now on."""
-        restore(self.net, self._flat, values)
+        self._flat.restore(values)
         self.version = version
 
     @torch.no_grad()

@@ -12,7 +12,6 @@ from torch import Tensor
 from rookery.algorithms.base import Algorithm, Explore, PolicyNet, flat, sampled
 from rookery.envs.vector import VectorEnv
 from rookery.nn.compiled import precision
-from rookery.nn.flat import restore
 
 __all__ = ["Evaluation", "Evaluator"]
 
@@ -56,7 +55,7 @@ class Evaluator:
 
     def load(self, values: dict[str, Tensor]) -> None:
         """Play with these weights from now on."""
-        restore(self.net, self._flat, values)
+        self._flat.restore(values)
 
     @torch.no_grad()
     def play(self, episodes: int, limit: int = 1_000_000) -> Evaluation:

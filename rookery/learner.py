@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rookery.algorithms.base import Algorithm, Batch, Loss, Now, OnPolicy, Part, PolicyNet, ReplayPlan, flat
 from rookery.nn.compiled import compiled, precision
-from rookery.nn.flat import snapshot
 
 __all__ = ["Learner", "NonFinite", "minibatches"]
 
@@ -26,7 +25,7 @@ class Learner:
     Args:
         net: from `algorithm.networks`, on the device to learn on.
         total_steps: the run's budget, over which annealing runs.
-        compile: wrap the loss in `torch.compile`.
+        compile: wrap the loss and its gradient in `torch.compile`.
         graphs: replay what was compiled as CUDA graphs.
         bf16: run the trunk in bfloat16.
     """
@@ -62,11 +61,32 @@ class Learner:
         self._sums: dict[str, Tensor] = {}  # of the metrics not yet reported, by their names; their number comes last
         self._one = torch.ones((), device=self.device)
         self._bf16 = bf16
-        self._loss = compiled(self._evaluate, graphs) if compile else self._evaluate
+        self._learnt = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        self._gradients = [parameter.grad for parameter in self._learnt]  # views into the flat ones
+        self._compiled = compiled(self._loss_and_gradient, graphs) if compile else None
 
-    def _evaluate(self, batch: Batch, moves: tuple[str, ...]) -> Loss:
+    def _loss(self, batch: Batch, moves: tuple[str, ...]) -> Loss:
         with precision(self.device, self._bf16):
             return self.algorithm.loss(self.net, self.target_net, batch, Now(self.remaining, moves))
+
+    def _loss_and_gradient(self, batch: Batch, moves: tuple[str, ...]) -> tuple[Loss, tuple[Tensor, ...]]:
+        loss = self._loss(batch, moves)
+        gradient = torch.autograd.grad(loss.loss, self._learnt, allow_unused=True, materialize_grads=True)
+        return loss._replace(loss=loss.loss.detach()), gradient
+
+    def _differentiate(self, batch: Batch, moves: tuple[str, ...]) -> Loss:
+        """The loss, its gradient in the parameters' `.grad`.
+
+        Compiled, both are one function: apart they take up to twice as long (docs/notes.md).
+        """
+        if self._compiled is None:
+            self.flat.zero_grad()
+            loss = self._loss(batch, moves)
+            loss.loss.backward()
+            return loss
+        loss, gradient = self._compiled(batch, moves)
+        torch._foreach_copy_(self._gradients, gradient)
+        return loss
 
     def update(self, data: Batch, steps: int) -> Tensor | None:
         """Learn from a batch of unrolls `[T+1, B, ...]` or from samples of replay; gives the samples' new priorities.
@@ -90,7 +110,7 @@ class Learner:
         for minibatch in minibatches(plan, rows, self.generator):
             minibatch |= self.algorithm.noise(self.net, minibatch, self.generator)
             moves = tuple(name for name, part in self.parts.items() if (self.updates + 1) % part.every == 0)
-            loss = self._loss(minibatch, moves)
+            loss = self._differentiate(minibatch, moves)
             if loss.stop is not None and loss.stop:
                 break
             self._minimise(loss, minibatch, moves)
@@ -103,12 +123,11 @@ class Learner:
         return torch.cat(priorities) if priorities else None
 
     def _minimise(self, loss: Loss, minibatch: Batch, moves: tuple[str, ...]) -> None:
-        """One optimiser step, and the target network's."""
-        self.flat.zero_grad()
-        loss.loss.backward()
+        """One optimiser step by the gradient that is there, and the target network's."""
         groups = [self.flat.groups[name].grad for name in moves if name in self.optimizers]
         gradients = [gradient for gradient in groups if gradient is not None]
-        norm = torch.linalg.vector_norm(gradients[0] if len(gradients) == 1 else torch.cat(gradients))
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         if not torch.isfinite(norm):
             raise NonFinite(self._first_non_finite(loss, minibatch))
         if self.algorithm.max_grad_norm is not None:
@@ -153,7 +172,7 @@ class Learner:
 
     def values(self) -> dict[str, Tensor]:
         """A copy of the weights to publish."""
-        return snapshot(self.net, self.flat)
+        return self.flat.snapshot()
 
     def _first_non_finite(self, loss: Loss, minibatch: Batch) -> str:
         """Which tensor a NaN was first in, in order of the computation: data, weights, metrics, gradients."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FlatParameters", "restore", "snapshot"]
+__all__ = ["FlatParameters"]
 
 ALIGNMENT = 64  # bytes between the starts of parameters are a multiple of this, which vector and matrix units ask for
 
@@ -40,6 +40,7 @@ class FlatParameters:
         for group, parameters in members.items():
             _check_group(group, parameters, names)
         self.groups: dict[str, nn.Parameter] = {}
+        self._buffers = dict(module.named_buffers())
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []  # each parameter, the flat ones too, and its gradient
         self._flat_gradients: list[Tensor] = []
         for group, parameters in members.items():
@@ -92,6 +93,16 @@ class FlatParameters:
         for group, part in zip(self.groups.values(), values.split(sizes), strict=True):
             group.detach().copy_(part)
 
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of all that the module has learnt: `parameters`, flat, and each buffer by name. What is published."""
+        return {"parameters": self.values(), **{name: buffer.clone() for name, buffer in self._buffers.items()}}
+
+    def restore(self, values: dict[str, Tensor]) -> None:
+        """Copy what `snapshot` of an equal module gave into this one."""
+        self.load(values["parameters"])
+        for name, buffer in self._buffers.items():
+            buffer.copy_(values[name])
+
 
 def _default_groups(names: dict[nn.Parameter, str]) -> dict[str, list[nn.Parameter]]:
     if not names:
@@ -137,15 +148,3 @@ def _check_group(group: str, parameters: list[nn.Parameter], names: dict[nn.Para
                     f"Group {group!r} mixes {what} {mine} ({names[first]}) and {theirs} ({names[parameter]}); "
                     "put them into separate groups."
                 )
-
-
-def snapshot(module: nn.Module, flat: FlatParameters) -> dict[str, Tensor]:
-    """A copy of all that `module` has learnt: `parameters`, flat, and each buffer by name. What a learner publishes."""
-    return {"parameters": flat.values(), **{name: buffer.clone() for name, buffer in module.named_buffers()}}
-
-
-def restore(module: nn.Module, flat: FlatParameters, values: dict[str, Tensor]) -> None:
-    """Copy what `snapshot` gave for an equal module into this one."""
-    flat.load(values["parameters"])
-    for name, buffer in module.named_buffers():
-        buffer.copy_(values[name])
