@@ -41,7 +41,6 @@ class MPO(OffPolicy):
     n_step: int = 5  # n of n-step returns
     target_period: int = 100  # updates between copies: how long a policy is the old one
     tau: float = 1.0  # copies
-    max_grad_norm: float | None = 40.0  # global norm of the gradient
     actor_lr: float | None = None  # the actor's own step size
     dual_lr: float = 1e-2  # the multipliers' own step size
     std: float = 0.5  # σ of the first policy

@@ -12,6 +12,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, ClassVar, NoReturn
@@ -339,6 +340,8 @@ def _registered(id: str) -> gymnasium.envs.registration.EnvSpec:
             raise ValueError(f"{id!r} asks for the module {module!r}, which cannot be imported: {error}.") from error
         id = name
     if id not in gymnasium.registry:
+        _register_namespace(id)
+    if id not in gymnasium.registry:
         near = difflib.get_close_matches(id, list(gymnasium.registry), 3, cutoff=0.3)
         raise ValueError(f"Gymnasium has no environment {id!r}; nearest: {', '.join(near)}.")
     return gymnasium.registry[id]
@@ -351,6 +354,16 @@ def _register_atari() -> None:
         return
     if "ALE/Pong-v5" not in gymnasium.registry:
         gymnasium.register_envs(ale_py)
+
+
+def _register_namespace(id: str) -> None:
+    """Let the packages that declare the id's namespace as theirs register it, as Gymnasium itself did before 1.0.
+
+    They do so by an entry point of the group `gymnasium.envs` that bears the namespace's name, as MinAtar's does.
+    """
+    namespace, _, name = id.partition("/")
+    for point in entry_points(group="gymnasium.envs", name=namespace) if name else ():
+        point.load()()
 
 
 def _describe(env: gymnasium.Env, name: str, own: bool) -> EnvSpec:

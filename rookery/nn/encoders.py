@@ -256,15 +256,17 @@ class ImpalaResNet(ImageEncoder):
 
 
 class GridCNN(ImageEncoder):
-    """For small grids, such as 10×5 or 10×10 planes: 16 and 32 3×3 that keep the size, dense 128, ReLU."""
+    """For small grids, such as 10×5 or 10×10 planes: that of MinAtar (Young and Tian 2019), 16 3×3, dense 128, ReLU.
+
+    Padded where a side is below 3.
+    """
 
     features = 128
 
     def __init__(self, obs_space: spaces.Space) -> None:
-        (channels, _, _), _ = image_shape(obs_space)
-        first = init_linear(nn.Conv2d(channels, 16, 3, padding=1))
-        second = init_linear(nn.Conv2d(16, 32, 3, padding=1))
-        super().__init__(obs_space, [first, nn.ReLU(), second, nn.ReLU()])
+        (channels, height, width), _ = image_shape(obs_space)
+        convolution = init_linear(nn.Conv2d(channels, 16, 3, padding=int(min(height, width) < 3)))
+        super().__init__(obs_space, [convolution, nn.ReLU()])
 
 
 class Residual(nn.Module):

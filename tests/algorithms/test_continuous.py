@@ -317,6 +317,18 @@ def test_golden_vectors() -> None:
     assert value.item() == pytest.approx(math.tanh(0.5) + 2 * 0.803710, abs=1e-6)
 
 
+def test_large_rewards_do_not_slow_the_multipliers_of_mpo() -> None:
+    """The gradient of a multiplier is ε − KL: clipped with the critics, it would be no more than the ε of Adam."""
+    algorithm = MPO(**SMALL)
+    learner = Learner(algorithm, algorithm.networks(spec(BOX)), 1, 0)
+    batch = {"obs": torch.randn(N, 4), "next_obs": torch.randn(N, 4), "action": torch.rand(N, A) * 2 - 1}
+    batch |= {"reward": torch.full((N,), -1e4), "discount": torch.zeros(N), "weight": torch.ones(N)}
+    before = learner.net.duals["std"].detach().clone()
+    learner.update(batch, 0)
+    moved = before - learner.net.duals["std"].detach()
+    torch.testing.assert_close(moved, torch.full((A,), algorithm.dual_lr), atol=0.0, rtol=0.05)
+
+
 def test_the_dual_of_the_temperature_bounds_the_weights() -> None:
     """At the minimum of g(η) the KL of the weights to equal ones is ε (2018a, E-step)."""
     value, eta = torch.randn(7, 20).double(), torch.tensor(1.0).double().requires_grad_()

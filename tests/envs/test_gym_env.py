@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
 from faulty_envs import Counter, Nest, Words
@@ -244,6 +245,25 @@ def test_sources(make):
     assert rollout_after_reset.shape == (1, 2)
     assert make("CartPole-v1", 1).spec.reward_threshold == 475
     assert "MountainCar-v0" in gym_ids()
+
+
+def test_a_namespace_is_registered_by_the_package_that_declares_it(make, tmp_path, monkeypatch):
+    """As MinAtar is; nothing is imported for an id of another namespace."""
+    (tmp_path / "counters.py").write_text(
+        "import gymnasium\n\ndef register():\n    gymnasium.register('Counters/Three-v0', 'faulty_envs:Counter')\n"
+    )
+    (tmp_path / "counters-1.dist-info").mkdir()
+    (tmp_path / "counters-1.dist-info" / "entry_points.txt").write_text("[gymnasium.envs]\nCounters=counters:register")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        with pytest.raises(ValueError, match="no environment 'Others/Three-v0'"):
+            make("Others/Three-v0")
+        assert "counters" not in sys.modules
+        for workers in (0, 1):
+            assert make("Counters/Three-v0", 2, workers=workers).reset()[:, 0].tolist() == [0, 0]
+    finally:
+        gymnasium.registry.pop("Counters/Three-v0", None)
+        sys.modules.pop("counters", None)
 
 
 @pytest.mark.parametrize(

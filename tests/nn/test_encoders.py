@@ -72,8 +72,9 @@ def test_linear_end_and_no_layers() -> None:
         (images(84, 84), "auto", NatureCNN),
         (images(3, 84, 84), "impala", ImpalaResNet),
         (images(7, 7, 3), "auto", GridCNN),
-        (spaces.Box(0, 1, (10, 10, 4)), "auto", GridCNN),
+        (spaces.Box(0, 1, (10, 10, 4), bool), "auto", GridCNN),
         (spaces.Box(0, 1, (10, 5)), "grid", GridCNN),
+        (spaces.Box(0, 1, (2, 1)), "grid", GridCNN),
         (spaces.MultiBinary((6, 6, 2)), "auto", GridCNN),
         (MIXED, "auto", DictEncoder),
     ],
@@ -114,6 +115,21 @@ def test_small_images_are_refused_with_advice_that_works() -> None:
         assert encoder(example(images(3, 35, 40), lanes=2)).shape == (2, encoder.features)
     smallest = images(1, 36, 36)
     assert NatureCNN(smallest)(example(smallest, lanes=1)).shape == (1, 512)
+
+
+def test_grids_take_the_network_of_minatar() -> None:
+    """16 3×3 filters without padding, then 128 units on their 8·8·16 outputs; scale 1."""
+    encoder = make_encoder(spaces.Box(0, 1, (10, 10, 4), bool))
+    shapes = {name: tuple(value.shape) for name, value in encoder.named_parameters()}
+    assert shapes == {
+        "convolutions.0.weight": (16, 4, 3, 3),
+        "convolutions.0.bias": (16,),
+        "dense.weight": (128, 1024),
+        "dense.bias": (128,),
+    }
+    obs = (torch.rand(2, 10, 10, 4) < 0.5).float()
+    plain = encoder.dense(encoder.convolutions(obs.movedim(-1, 1))).relu()
+    torch.testing.assert_close(encoder(obs), plain)
 
 
 def test_flat_one_hot() -> None:
