@@ -28,7 +28,7 @@ class Unroll:
     def __init__(self, buffer: UnrollBuffer, state: Tensor) -> None:
         self.buffer = buffer
         self.state_in = state.clone()  # [B, S] recurrent state before row 0
-        self.version = 0  # weights version that acted
+        self.version = torch.zeros((), dtype=torch.int64)  # of the weights that acted
 
     def batch(self) -> dict[str, Obs]:
         """The rows by name, `[T+1, B, ...]`, and the recurrent `state` before row 0, `[B, S]`."""
@@ -129,7 +129,7 @@ class Collector:
         if self._records:  # these lanes act again, with newer weights: this is for the record alone
             rest |= self._choose(self._obs, self._state, noise[-1]).record
         unroll.buffer.write({name: [value] for name, value in rest.items()}, self.T)
-        unroll.version = self.version
+        unroll.version.fill_(self.version)
         return self._account(unroll.buffer, raw)
 
     def _collect(self, noise: Sequence[Tensor], ahead: Sequence[Tensor]) -> dict[str, list[Obs]]:

@@ -62,7 +62,7 @@ class Learner:
         self._one = torch.ones((), device=self.device)
         self._bf16 = bf16
         self._learnt = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        self._gradients = [parameter.grad for parameter in self._learnt]  # views into the flat ones
+        self._gradients: list[Any] = [parameter.grad for parameter in self._learnt]  # views into the flat ones
         self._compiled = compiled(self._loss_and_gradient, graphs) if compile else None
 
     def _loss(self, batch: Batch, moves: tuple[str, ...]) -> Loss:

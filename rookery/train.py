@@ -21,6 +21,7 @@ from rookery.runs.progress import Progress
 from rookery.runs.recorder import Recorder
 from rookery.runs.sinks import open_sink
 from rookery.runtimes.inline import Inline
+from rookery.runtimes.local import Local
 from rookery.settings import EnvLike, Options, env_name, resolve
 from rookery.systems import SYSTEMS, find
 from rookery.topologies.actors_learner import ReplaySetting, Setting, crosses
@@ -126,7 +127,10 @@ def execute(run: Run, name: str, options: Options, quiet: bool = False, saved: d
     graph = import_module(f"rookery.topologies.{topology}").wire(setting, options.seed, options.actors)
     try:
         with threads(options.threads), Keeper(run, options, quiet, saved) as keeper:
-            state = Inline(keeper.report).run(graph, keeper.between, None if saved is None else saved["run"])
+            runtime = (
+                Inline(keeper.report) if options.runtime == "inline" else Local(keeper.report, threads=options.threads)
+            )
+            state = runtime.run(graph, keeper.between, None if saved is None else saved["run"])
             keeper.finish(state)
     finally:
         shutil.rmtree(run.path / REPLAY, ignore_errors=True)  # memory, not data: checkpoints have what is to be kept

@@ -14,7 +14,7 @@ from typing import Any
 from rookery.runtimes.limiter import RateLimiter
 from rookery.runtimes.words import Graph, Part, Published, RoleSpec, Stateful, WordSpec
 
-__all__ = ["Deadlock", "Inline", "RoleError"]
+__all__ = ["Deadlock", "Inline", "RoleError", "role_seed"]
 
 State = dict[str, Any]
 
@@ -55,7 +55,7 @@ class InlineQueue:
     def __init__(self, capacity: int) -> None:
         self.capacity, self._made, self._line = capacity, 0, Line()
         self._free: list[Any] = []
-        self._filled: deque[Any] = deque()
+        self._filled: deque[tuple[int, Any]] = deque()  # with the index of the role that filled it
 
     async def slot(self, make: Callable[[], Any]) -> Any:
         await self._line.until(lambda: bool(self._free) or self._made < self.capacity, "a free slot")
@@ -65,17 +65,18 @@ class InlineQueue:
         return make()
 
     def put(self, index: int, slot: Any) -> None:
-        self._filled.append(slot)  # roles take turns in order of their index, so the order is theirs
+        self._filled.append((index, slot))
 
     async def get(self, count: int) -> list[Any]:
         await until(lambda: len(self._filled) >= count, f"{count} filled slots (there are {len(self._filled)})")
-        return [self._filled.popleft() for _ in range(count)]
+        taken = [self._filled.popleft() for _ in range(count)]
+        return [slot for _, slot in sorted(taken, key=lambda each: each[0])]
 
     def release(self, slots: list[Any]) -> None:
         self._free.extend(slots)
 
     def state(self) -> State:
-        return {str(i): slot.state() for i, slot in enumerate(self._filled)}
+        return {str(i): slot.state() for i, (_, slot) in enumerate(self._filled)}
 
     def load_state(self, state: State) -> None:
         if state:
@@ -121,24 +122,26 @@ class InlineReplay:
     ) -> None:
         self.store, self.limiter = make_store(), RateLimiter(samples_per_insert, min_size, tolerance)
         self._turn, self._writers, self._save = 0, writers, save
+        self._free: list[Any] = []
 
     @property
     def inserts(self) -> int:
         return self.limiter.inserts
 
-    async def room(self, items: int, writer: int = 0) -> None:
+    async def slot(self, make: Callable[[], Any], items: int, writer: int = 0) -> Any:
         """Writers insert in turn, so that a resumed run goes on with the one whose turn it was."""
 
         def ready() -> bool:
             return writer == self._turn and (self.limiter.may_insert(items) or not len(self.store))
 
         await until(ready, f"its turn, and room for {items} inserts")
+        return self._free.pop() if self._free else make()
 
-    def insert(self, items: Any, writer: int = 0) -> int:
-        count = self.store.insert(items, writer)
+    def insert(self, slot: Any, count: int, writer: int = 0) -> None:
+        self.store.insert(slot.batch(), writer)
         self.limiter.inserts += count
         self._turn = (writer + 1) % self._writers
-        return count
+        self._free.append(slot)
 
     async def sample(self, count: int, most: int = 1, **how: Any) -> Any:
         await until(lambda: self.limiter.may_sample(count) and len(self.store) > 0, f"{count} samples")
@@ -188,12 +191,17 @@ WORDS: dict[str, Callable[..., Any]] = {
 }
 
 
+def role_seed(graph_seed: int, spec: RoleSpec) -> int:
+    """A role's seed: of the run's, its name and its index, and of nothing else; environments take 31 bits."""
+    return zlib.crc32(f"{graph_seed}/{spec.name}/{spec.index}".encode()) >> 1
+
+
 class InlineRole:
     """A role and its coroutine."""
 
     def __init__(self, spec: RoleSpec, graph_seed: int, runtime: Inline, saved: State | None) -> None:
         self.name, self.index, self.ends_run = spec.name, spec.index, spec.ends_run
-        self.seed = zlib.crc32(f"{graph_seed}/{spec.name}/{spec.index}".encode()) >> 1  # environments take 31 bits
+        self.seed = role_seed(graph_seed, spec)
         self._runtime, self._saved = runtime, saved
         self._part: Stateful | None = None
         self.coroutine: Any = None

@@ -101,7 +101,7 @@ async def learner(role: Role, setting: Setting, actors: int, weights: Weights, u
         batch = joined(slots)
         learner.update(batch, before + int(batch["valid"][:-1].sum()))
         if crosses(before, learner.steps, setting.log_every):
-            lag = learner.version - 1 - min(slot.version for slot in slots)
+            lag = learner.version - 1 - min(int(slot.version) for slot in slots)
             role.report(learner.steps, {**learner.metrics(), "policy_lag": lag})
         unrolls.release(slots)
         role.advance(learner.steps)

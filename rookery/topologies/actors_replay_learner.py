@@ -50,17 +50,17 @@ async def actor(role: Role, setting: Setting, actors: int, weights: Weights, rep
     algorithm, env, plan = setting.algorithm, setting.make_env(setting.lanes, role.seed), setting.replay_plan
     net, rows = setting.make_net(), plan.rows(setting.lanes)
     collector = role.keep(Collector(algorithm, net, env, rows, role.seed, **setting.means))
-    slot, lanes = collector.slot(), torch.arange(setting.lanes, device=env.device) + role.index * setting.lanes
+    lanes = torch.arange(setting.lanes, device=env.device) + role.index * setting.lanes
     place = lanes / max(1, actors * setting.lanes - 1)
     try:
         while True:
-            await replay.room(rows * setting.lanes, role.index)
+            slot = await replay.slot(collector.slot, rows * setting.lanes, role.index)
             version, values, _ = await weights.latest()
             if version != collector.version:
                 collector.load(version, values)
             before = replay.inserts
-            collector.fill(slot, algorithm.exploration(before, place))
-            steps = before + replay.insert(slot.batch(), role.index)
+            steps = before + collector.fill(slot, algorithm.exploration(before, place))
+            replay.insert(slot, steps - before, role.index)
             role.advance(steps)
             if crosses(before, steps, setting.log_every) and collector.returns:
                 role.report(steps, collector.episodes())
