@@ -34,6 +34,18 @@ class Unroll:
         """The rows by name, `[T+1, B, ...]`, and the recurrent `state` before row 0, `[B, S]`."""
         return {**self.buffer.storage, "state": self.state_in}
 
+    def state(self) -> dict[str, Any]:
+        """All that is in it."""
+        rows = {name: value if isinstance(value, Tensor) else value.to_dict() for name, value in self.batch().items()}
+        return {"rows": rows, "version": self.version}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Hold what was in the one that `state()` was taken of."""
+        self.version.copy_(state["version"])
+        for name, value in self.batch().items():
+            saved = state["rows"][name]
+            value.copy_(saved) if isinstance(value, Tensor) else value.update_(saved)
+
 
 class Collector:
     """Steps an environment with an algorithm's policy, T rows at a time.

@@ -36,6 +36,7 @@ RAINBOW = {"double": True, "dueling": True, "noisy": True, "n_step": 3, "alpha":
 TABLE = (
     System("ppo", "ppo:PPO", "clipped surrogate, several epochs an unroll", topology="actors_learner"),
     System("a2c", "a2c:A2C", "one policy-gradient step an unroll", topology="actors_learner"),
+    System("impala", "impala:IMPALA", "actors that never wait, corrected by V-trace", topology="actors_learner"),
     System("dqn", "dqn:DQN", "Q-learning from replay, with later papers' parts as settings"),
     System("c51", "c51:C51", "the distribution of returns on fixed atoms"),
     System("qr_dqn", "qr_dqn:QRDQN", "the distribution of returns by fixed quantiles"),

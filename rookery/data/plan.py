@@ -19,6 +19,8 @@ class OnPolicy:
     epochs: int = 1  # passes over the unrolls
     minibatches: int = 1  # updates an epoch
     sequences: bool = False  # minibatches are whole lanes, in order of time, for recurrent networks
+    stale: bool = False  # the loss corrects for older weights: actors go on with those there are, and wait for none
+    unrolls: int = 0  # a batch, of whichever actors are first; 0 takes one of each actor
 
     def __post_init__(self) -> None:
         for name in ("unroll", "epochs", "minibatches"):

@@ -55,9 +55,15 @@ class InlineQueue:
     def __init__(self, capacity: int) -> None:
         self.capacity, self._made, self._line = capacity, 0, Line()
         self._free: list[Any] = []
+        self._saved: list[State] = []  # of slots that were filled when the run was saved
         self._filled: deque[tuple[int, Any]] = deque()  # with the index of the role that filled it
 
     async def slot(self, make: Callable[[], Any]) -> Any:
+        while self._saved:
+            saved, slot = self._saved.pop(0), make()
+            slot.load_state(saved["slot"])
+            self._made += 1
+            self.put(saved["index"], slot)
         await self._line.until(lambda: bool(self._free) or self._made < self.capacity, "a free slot")
         if self._free:
             return self._free.pop()
@@ -76,13 +82,11 @@ class InlineQueue:
         self._free.extend(slots)
 
     def state(self) -> State:
-        return {str(i): slot.state() for i, (_, slot) in enumerate(self._filled)}
+        return {str(i): {"index": index, "slot": slot.state()} for i, (index, slot) in enumerate(self._filled)}
 
     def load_state(self, state: State) -> None:
-        if state:
-            raise RuntimeError(
-                f"the checkpoint holds {len(state)} unrolls on their way, which inline never leaves behind"
-            )
+        """What was on its way is back once the first slot is asked for, which says how one is made."""
+        self._saved = [state[str(i)] for i in range(len(state))]
 
 
 class InlineWeights:

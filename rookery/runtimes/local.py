@@ -352,7 +352,12 @@ class Local:
         answered = True
         while answered:
             answered = sum(self._answer(member) for member in self.members) > 0
-        if self._idle() and not self._paused and not self._ended() and not wait([member.connection for member in self.members], 0):
+        if (
+            self._idle()
+            and not self._paused
+            and not self._ended()
+            and not wait([member.connection for member in self.members], 0)
+        ):
             waits = "; ".join(f"{member.name} waits for {member.waits_for}" for member in self.members)
             raise Deadlock(f"no role can go on: {waits}.")
 
