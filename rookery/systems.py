@@ -32,11 +32,14 @@ class System:
 
 
 RAINBOW = {"double": True, "dueling": True, "noisy": True, "n_step": 3, "alpha": 0.5}  # Hessel et al. 2018, table 1
+# One pass over an unroll's lanes, clipped more widely than PPO: what older weights did is learnt from once.
+APPO = {"vtrace": True, "unrolls": 1, "epochs": 1}
 
 TABLE = (
     System("ppo", "ppo:PPO", "clipped surrogate, several epochs an unroll", topology="actors_learner"),
     System("a2c", "a2c:A2C", "one policy-gradient step an unroll", topology="actors_learner"),
     System("impala", "impala:IMPALA", "actors that never wait, corrected by V-trace", topology="actors_learner"),
+    System("appo", "ppo:PPO", "PPO whose actors never wait, corrected by V-trace", APPO, "actors_learner"),
     System("dqn", "dqn:DQN", "Q-learning from replay, with later papers' parts as settings"),
     System("c51", "c51:C51", "the distribution of returns on fixed atoms"),
     System("qr_dqn", "qr_dqn:QRDQN", "the distribution of returns by fixed quantiles"),

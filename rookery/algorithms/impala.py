@@ -27,6 +27,7 @@ from rookery.algorithms.base import (
     OnPolicy,
     scaled_reward,
     update_norms,
+    with_last,
 )
 from rookery.estimators import valid_mean, vtrace
 from rookery.nn.adam import Optimizer
@@ -79,9 +80,7 @@ class IMPALA(Algorithm):
     def prepare(self, net: ActorCritic, unroll: Batch) -> Batch:
         kept = {name: unroll[name][:-1] for name in ("log_prob", "terminated", "truncated", "valid")}
         rows = {name: unroll[name] for name in ("obs", "start", "state")}
-        action = unroll["action"]
-        bootstrap = action[-2:-1]  # the last row has no action, and is asked for its value only
-        return {**kept, **rows, "action": torch.cat([action[:-1], bootstrap]), "reward": scaled_reward(net, unroll)}
+        return {**kept, **rows, "action": with_last(unroll["action"]), "reward": scaled_reward(net, unroll)}
 
     def loss(self, net: ActorCritic, target: None, batch: Batch, now: Now) -> Loss:
         valid, terminated = batch["valid"], batch["terminated"]

@@ -14,7 +14,7 @@ from typing import Any
 from rookery.runtimes.limiter import RateLimiter
 from rookery.runtimes.words import Graph, Part, Published, RoleSpec, Stateful, WordSpec
 
-__all__ = ["Deadlock", "Inline", "RoleError", "role_seed"]
+__all__ = ["Deadlock", "Inline", "RoleError", "role_seed", "until"]
 
 State = dict[str, Any]
 
@@ -45,8 +45,10 @@ class Line:
     async def until(self, ready: Callable[[], bool], what: str) -> None:
         ticket = object()
         self._waiting.append(ticket)
-        await until(lambda: self._waiting[0] is ticket and ready(), what)
-        self._waiting.popleft()
+        try:
+            await until(lambda: self._waiting[0] is ticket and ready(), what)
+        finally:  # who gives up waiting leaves the line
+            self._waiting.remove(ticket)
 
 
 class InlineQueue:
@@ -148,10 +150,14 @@ class InlineReplay:
         self._free.append(slot)
 
     async def sample(self, count: int, most: int = 1, **how: Any) -> Any:
+        return (await self.draw(count, most, **how))[1]
+
+    async def draw(self, count: int, most: int, **how: Any) -> tuple[int, Any]:
+        """`sample`, with how many they are."""
         await until(lambda: self.limiter.may_sample(count) and len(self.store) > 0, f"{count} samples")
         drawn = min(most, int(self.limiter.owed // count)) * count
         self.limiter.samples += drawn
-        return self.store.sample(drawn, **how)
+        return drawn, self.store.sample(drawn, **how)
 
     def prioritise(self, index: Any, priorities: Any) -> None:
         self.store.prioritise(index, priorities)
@@ -173,18 +179,17 @@ class InlineCalls:
     """`Calls` within one process."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Any, list[Any]]] = deque()
+        self._waiting: deque[tuple[Any, Callable[[Any], None]]] = deque()
 
     async def ask(self, request: Any) -> Any:
         answer: list[Any] = []
-        self._waiting.append((request, answer))
+        self._waiting.append((request, answer.append))
         await until(lambda: bool(answer), "an answer")
         return answer[0]
 
     async def requests(self, most: int) -> list[tuple[Any, Callable[[Any], None]]]:
         await until(lambda: bool(self._waiting), "a request")
-        taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
-        return [(request, answer.append) for request, answer in taken]
+        return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
 
 
 WORDS: dict[str, Callable[..., Any]] = {
@@ -300,4 +305,5 @@ class Inline:
         return {
             "roles": {name: state for name, state in kept.items() if state is not None},
             "words": {name: word.state() for name, word in words.items() if isinstance(word, Stateful)},
+            "steps": self.steps,
         }

@@ -38,7 +38,8 @@ __all__ = ["Local"]
 log = logging.getLogger("rookery")
 
 TICK = 0.2  # seconds after which signals and deadlines are looked at, when nothing happens
-UNITS = ("put", "insert", "publish", "answer")  # what a role says when it has done a unit of work
+UNITS = ("put", "insert", "publish", "answer", "report")  # what a role says when it has done a unit of work
+BURST = 64  # messages heard from one member before the others have their turn
 ASIDE = ("box", "count")  # questions that are answered at once, and lend no work
 GRACE = 5.0  # seconds that a role has to close what it holds
 
@@ -62,7 +63,7 @@ class Member:
 
     spec: RoleSpec
     seed: int
-    kept: State | None  # the last state it handed over, packed
+    kept: State | None  # its state when that was last heard of, packed
     process: Any = None
     connection: Connection = None  # type: ignore[assignment]  # from its start on
     waiting: Coroutine[Any, Any, Any] | None = None  # its question
@@ -71,8 +72,9 @@ class Member:
     waits_for: str = "its first turn"
     since: float = 0.0  # when it was last heard of
     over: bool = False
-    failures: int = 0  # in a row, without a unit of work between
-    granted: bool = False  # whether it was given work since it began
+    failures: int = 0  # in a row
+    failed_at: int = -1  # steps of the run at the last failure
+    granted: bool = False  # whether it is at a unit of work
     filling: dict[int, tuple[str, Box]] = field(default_factory=dict)  # boxes lent to it, and by which word
     reading: dict[int, tuple[str, Box]] = field(default_factory=dict)
 
@@ -118,8 +120,22 @@ class LocalQueue(InlineQueue):
         return {}  # what is on its way is dropped
 
 
+@dataclass
+class Reading:
+    """What a member was last given by `Weights`."""
+
+    published: Published
+    era: int
+    ended: bool = False  # the member died, once it had done its work with this
+
+
 class LocalWeights(InlineWeights):
-    """`Weights`: a box is written again once it is neither the newest nor held by a reader."""
+    """`Weights`: a box is written again once it is neither the newest nor held by a reader, nor being written.
+
+    A publisher that begins anew falls back to versions that readers had before. Its first is what they have, nearly:
+    they wait for its second, which begins an era in which everything counts as newer. So who acted in step with
+    the publisher still does.
+    """
 
     starts = ("newer_than", "latest")
 
@@ -127,42 +143,82 @@ class LocalWeights(InlineWeights):
         super().__init__()
         self.runtime, self.name = runtime, name
         self._boxes: list[Box] = []
-        self._held: dict[int, Box] = {}  # by the member that holds it
+        self._readings: dict[int, Reading] = {}  # by the member
+        self._era, self._turning = 0, False
+        self._anew: set[int] = set()  # members that died since they last published
 
     async def ask_box(self, member: Member) -> int:
-        newest = None if self._newest is None else self._newest.values
-        busy = {box.number for box in (*self._held.values(), *([] if newest is None else [newest]))}
-        for box in self._boxes:
-            if box.number not in busy:
-                return self.runtime.lend(member, box)
-        self._boxes.append(self.runtime.box())
-        return self._boxes[-1].number
+        newest = [] if self._newest is None else [self._newest]
+        held = [reading.published for reading in self._readings.values() if not reading.ended]
+        busy = {published.values.number for published in newest + held}
+        busy |= {number for each in self.runtime.members for number in each.filling}
+        box = next((box for box in self._boxes if box.number not in busy), None)
+        if box is None:
+            box = self.runtime.box()
+            self._boxes.append(box)
+        member.filling[box.number] = (self.name, box)
+        return self.runtime.lend(member, box)
 
     def tell_publish(self, member: Member, version: int, number: int, steps: int) -> None:
-        box = next(box for box in self._boxes if box.number == number)
-        if self._newest is not None and version <= self._newest.version:  # its publisher began anew, from before that
-            self._newest = None
-        self.publish(version, box, steps)
+        if id(member) in self._anew:
+            self._anew.remove(id(member))
+            self._turning = self._newest is not None
+        elif self._turning:
+            self._turn()
+        self.publish(version, member.filling.pop(number)[1], steps)
 
     async def ask_newer_than(self, member: Member, version: int) -> tuple[int, int, int]:
-        return self._hold(member, await self.newer_than(version))
+        def ready() -> bool:
+            if self._newest is None:
+                return False
+            known = self._readings.get(id(member))
+            if known is None:
+                return self._newest.version > version
+            least = max(version, known.published.version) if known.ended else version
+            return self._newest.version > least or self._era > known.era
+
+        await until(ready, f"weights newer than {version}")
+        return self._read(member)
 
     async def ask_latest(self, member: Member) -> tuple[int, int, int]:
-        return self._hold(member, await self.latest())
+        await self.latest()
+        return self._read(member)
 
-    def _hold(self, member: Member, newest: Published) -> tuple[int, int, int]:
-        self._held[id(member)] = newest.values
-        return newest.version, self.runtime.lend(member, newest.values), newest.steps
+    def _read(self, member: Member) -> tuple[int, int, int]:
+        assert self._newest is not None
+        self._readings[id(member)] = Reading(self._newest, self._era)
+        return self._newest.version, self.runtime.lend(member, self._newest.values), self._newest.steps
+
+    def _turn(self) -> None:
+        self._era, self._turning = self._era + 1, False
+
+    def reclaim(self, filling: list[Box], reading: list[Box]) -> int:
+        return 0
 
     def forget(self, member: Member) -> None:
-        self._held.pop(id(member), None)
+        """Forget what a dead member was at: one that had not done its work is given the same again."""
+        self._anew.add(id(member))
+        if not member.granted and id(member) in self._readings:
+            self._readings[id(member)].ended = True
+        else:
+            self._readings.pop(id(member), None)
+
+    def relent(self) -> bool:
+        """When nobody can go on: let those read who were made to wait because of a death; whether there are any."""
+        ended = [who for who, reading in self._readings.items() if reading.ended]
+        found = self._turning or bool(ended)
+        for who in ended:
+            del self._readings[who]
+        if self._turning:
+            self._turn()
+        return found
 
 
 class LocalReplay(InlineReplay):
     """`Replay`: the store is in this process, slots and samples go through boxes.
 
-    What was sampled counts once it is learnt from, when its reader comes back: until then nobody may insert on its
-    account, so that a topology whose sides take turns does so here too.
+    Until its reader comes back, what was sampled is not learnt from, and nobody may insert on its account: a topology
+    whose sides take turns does so here too.
     """
 
     starts = ("slot",)
@@ -171,7 +227,7 @@ class LocalReplay(InlineReplay):
         super().__init__(**options)
         self.runtime, self.name = runtime, name
         self._samples: list[Box] = []
-        self._unlearnt: dict[int, int] = {}  # samples by the member that has them
+        self._lent: dict[int, tuple[int, Box]] = {}  # samples, and the box they are in, by the member that has them
 
     async def ask_count(self, member: Member) -> int:
         return self.inserts
@@ -185,20 +241,23 @@ class LocalReplay(InlineReplay):
         self.insert(member.filling.pop(number)[1], count, writer)
 
     def ask_sample(self, member: Member, *how: Any) -> Coroutine[Any, Any, tuple[int, int]]:
-        self.limiter.samples += self._unlearnt.pop(id(member), 0)
+        if id(member) in self._lent:
+            self.limiter.unlearnt -= self._lent.pop(id(member))[0]
         return self._sample(member, *how)
 
     async def _sample(self, member: Member, count: int, most: int, how: dict[str, Any]) -> tuple[int, int]:
         before = self.limiter.samples
         samples = await self.sample(count, most, **how)
-        self._unlearnt[id(member)] = self.limiter.samples - before
-        self.limiter.samples = before
-        box = next((box for box in self._samples if fits(box.value, samples)), None)
+        drawn = self.limiter.samples - before
+        self.limiter.unlearnt += drawn
+        lent = [box.number for _, box in self._lent.values()]
+        box = next((box for box in self._samples if box.number not in lent and fits(box.value, samples)), None)
         if box is None:
             box = self.runtime.box(copied(samples))
             self._samples.append(box)
         else:
             pour(samples, box.value)
+        self._lent[id(member)] = (drawn, box)
         return self.runtime.lend(member, box), self.inserts
 
     def tell_prioritise(self, member: Member, index: np.ndarray, priorities: np.ndarray) -> None:
@@ -209,7 +268,10 @@ class LocalReplay(InlineReplay):
         return len(filling)
 
     def forget(self, member: Member) -> None:
-        self._unlearnt.pop(id(member), None)
+        """What a dead member did not learn from is owed again."""
+        drawn, _ = self._lent.pop(id(member), (0, None))
+        self.limiter.unlearnt -= drawn
+        self.limiter.samples -= drawn
 
 
 class LocalCalls(InlineCalls):
@@ -219,7 +281,7 @@ class LocalCalls(InlineCalls):
 
     def __init__(self, runtime: Local, name: str) -> None:
         super().__init__()
-        self._open: dict[int, Callable[[Any], None]] = {}
+        self._open: dict[int, tuple[Member, Any, Callable[[Any], None]]] = {}  # who works on which request
         self._asked = 0
 
     async def ask_ask(self, member: Member, request: Any) -> Any:
@@ -229,12 +291,17 @@ class LocalCalls(InlineCalls):
         found = []
         for request, answer in await self.requests(most):
             self._asked += 1
-            self._open[self._asked] = answer
+            self._open[self._asked] = (member, request, answer)
             found.append((self._asked, request))
         return found
 
     def tell_answer(self, member: Member, number: int, value: Any) -> None:
-        self._open.pop(number)(value)
+        self._open.pop(number)[2](value)
+
+    def forget(self, member: Member) -> None:
+        """What a dead member did not answer waits again, as the first."""
+        left = [number for number, (who, *_) in self._open.items() if who is member]
+        self._waiting.extendleft(self._open.pop(number)[1:] for number in reversed(left))
 
 
 WORDS: dict[str, Callable[..., Any]] = {

@@ -36,12 +36,18 @@ class Link:
         self.part: Stateful | None = None
         self._handed, self._took = time.monotonic(), 0.0  # when the state was last handed over, and how long that took
 
+    def send(self, *message: Any) -> None:
+        try:
+            self.connection.send(message)
+        except OSError as error:  # the runtime is gone
+            raise Ended from error
+
     def tell(self, word: str, what: str, *args: Any) -> None:
-        self.connection.send(("tell", word, what, args))
+        self.send("tell", word, what, args)
 
     def ask(self, word: str, what: str, *args: Any) -> Any:
         """Send a request and wait for its answer."""
-        self.connection.send(("ask", word, what, args))
+        self.send("ask", word, what, args)
         return self.hear("answer")
 
     def hear(self, wanted: str) -> Any:
@@ -54,7 +60,7 @@ class Link:
             if kind == "box":
                 self.know(*rest)
             elif kind == "state":
-                self.connection.send(("state", self.state()))
+                self.send("state", self.state())
             elif kind == "end":
                 raise Ended
             if kind == wanted:
@@ -66,7 +72,7 @@ class Link:
     def make(self, number: int, box: Any) -> Any:
         """A new box, which everybody else hears of through the runtime."""
         self.know(number, box)
-        self.connection.send(("box", number, box))
+        self.send("box", number, box)
         return box
 
     def state(self) -> dict[str, Any] | None:
@@ -78,7 +84,7 @@ class Link:
         began = time.monotonic()
         if self.part is None or began - self._handed < self._took / SHARE:
             return
-        self.connection.send(("kept", self.state()))
+        self.send("kept", self.state())
         self._handed = time.monotonic()
         self._took = self._handed - began
 
@@ -177,10 +183,10 @@ class LinkedRole:
         self.link, self.name, self.index, self.seed, self._saved = link, spec.name, spec.index, seed, saved
 
     def report(self, step: int, values: dict[str, Any]) -> None:
-        self.link.connection.send(("report", step, values))
+        self.link.send("report", step, values)
 
     def advance(self, steps: int) -> None:
-        self.link.connection.send(("advance", steps))
+        self.link.send("advance", steps)
 
     def keep(self, part: Part) -> Part:
         if self.link.part is not None:
@@ -199,23 +205,29 @@ def main(connection: Connection, spec: RoleSpec, seed: int, saved: dict[str, Any
     torch.set_num_threads(threads)
     link = Link(connection)
     try:
-        made = {value.name: WORDS[value.kind](link, value.name) for value in spec.args.values() if _is_word(value)}
-        args = {key: made[value.name] if _is_word(value) else value for key, value in spec.args.items()}
-        role = LinkedRole(link, spec, seed, None if saved is None else unpacked(saved))
-        coroutine = spec.function(role, **args)
         try:
-            coroutine.send(None)  # type: ignore[attr-defined]  # runs to its end: its words wait inside
-        except StopIteration:
-            connection.send(("over",))
-            link.hear("end")
-        finally:
-            coroutine.close()  # type: ignore[attr-defined]
+            _play(link, spec, seed, saved)
+        except Exception as error:
+            link.send("failed", str(error) or repr(error), traceback.format_exc())
+        else:
+            link.send("over", link.state())
+        link.hear("end")  # until then this process is here to share the boxes it made
     except Ended:
         pass
-    except Exception as error:
-        connection.send(("failed", str(error) or repr(error), traceback.format_exc()))
-    except KeyboardInterrupt:
-        sys.exit(1)
+
+
+def _play(link: Link, spec: RoleSpec, seed: int, saved: dict[str, Any] | None) -> None:
+    """Run the role to its end."""
+    made = {value.name: WORDS[value.kind](link, value.name) for value in spec.args.values() if _is_word(value)}
+    args = {key: made[value.name] if _is_word(value) else value for key, value in spec.args.items()}
+    coroutine: Any = spec.function(LinkedRole(link, spec, seed, None if saved is None else unpacked(saved)), **args)
+    try:
+        coroutine.send(None)  # its words wait inside
+    except StopIteration:
+        return
+    finally:
+        coroutine.close()
+    raise RuntimeError(f"{spec.name} awaits something that is not a word; use only the words handed to it.")
 
 
 def _is_word(value: Any) -> bool:
