@@ -15,18 +15,41 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-__all__ = ["Spread", "child", "entry", "interleaved", "machine", "parser", "ratios", "spread", "table", "write"]
+__all__ = [
+    "Spread",
+    "begin",
+    "child",
+    "chosen",
+    "finish",
+    "interleaved",
+    "machine",
+    "parser",
+    "ratios",
+    "spread",
+    "table",
+    "write",
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # measure this checkout, whether or not it is the one that is installed
 
 RESULTS = ROOT / "benchmarks" / "results"
 MARK = "RESULT "  # begins the line in which a child gives its result
-PACKAGES = ("torch", "numpy", "tensordict", "gymnasium", "envpool", "stable-baselines3", "ale-py", "opencv-python")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "tensordict",
+    "gymnasium",
+    "envpool",
+    "stable-baselines3",
+    "ale-py",
+    "opencv-python-headless",
+)
 
 Result = dict[str, Any]
+Value = TypeVar("Value")
 
 
 class Spread(NamedTuple):
@@ -61,6 +84,21 @@ def parser(about: str, rounds: int) -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and the table")
     made.add_argument("--child", help=argparse.SUPPRESS)
     return made
+
+
+def begin(flags: argparse.ArgumentParser, kinds: dict[str, Callable[[Result], Result]]) -> argparse.Namespace:
+    """The flags, with `cores` as numbers and one round in a smoke run; a child measures one of the kinds, and ends."""
+    args = flags.parse_args()
+    if args.child:
+        entry(args.child, kinds)
+        raise SystemExit
+    args.cores, args.rounds = cores_of(args.cores), 1 if args.smoke else args.rounds
+    return args
+
+
+def chosen(named: dict[str, Value], parts: str) -> dict[str, Value]:
+    """Those whose names contain one of the parts, between which stand semicolons."""
+    return {name: each for name, each in named.items() if any(part in name for part in parts.split(";"))}
 
 
 def cores_of(text: str) -> list[int]:
@@ -159,10 +197,21 @@ def header(about: Result) -> str:
     )
 
 
+def finish(args: argparse.Namespace, name: str, about: Result, found: Result, title: str, *parts: str) -> Path:
+    """Write what every benchmark says of itself, with what it found and the parts of its text."""
+    smoke = ["**A smoke run: these numbers mean nothing.**"] if args.smoke else []
+    text = "\n\n".join([f"# {title}", *smoke, f"{header(about)} Rounds: {args.rounds}.", *parts])
+    return write(args.out, name, {"smoke": args.smoke, "rounds": args.rounds, "machine": about, **found}, text)
+
+
 def write(out: Path, name: str, result: Result, text: str) -> Path:
-    """Write `NAME-DATE.json` and the text beside it as `.md`; print the text; give the JSON's path."""
+    """Write `NAME-DATE.json`, with the command, and the text beside it as `.md`; print the text; give the JSON's path.
+
+    Where it is written is left out of the command, which says what was measured and not whose machine it was.
+    """
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}-{result['machine']['date']}.json"
+    result["command"] = [word for word in sys.argv[1:] if word != "--out" and Path(word) != out]
     path.write_text(json.dumps(_finite(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     path.with_suffix(".md").write_text(text.rstrip() + "\n")
     print(f"\n{text.rstrip()}\n\n{path}")

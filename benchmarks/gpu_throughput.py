@@ -193,8 +193,8 @@ def main() -> None:
         NOTES,
         "\n".join(f"- {c['env']}, {c['lanes']}, {c['mode']}: {c['error']}" for c in found if "error" in c),
     ]
-    shared = {"smoke": args.smoke, "machine": about, "settings": settings, "command": sys.argv[1:]}
-    write(args.out, "gpu_throughput", {**shared, "cells": found}, "\n\n".join(parts))
+    result = {"smoke": args.smoke, "machine": about, "settings": settings, "cells": found}
+    write(args.out, "gpu_throughput", result, "\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, child, cores_of, entry, header, machine, parser, table, write
+from common import RESULTS, begin, child, finish, machine, parser, table
 
 NOTES = """A score is the mean return of 20 greedy episodes with the last weights; a cell is the mean over seeds with
 its 95 % interval (bootstrap over seeds, 10,000 draws). Both learn from equal steps in one environment, with one update
@@ -78,29 +77,23 @@ def main() -> None:
     flags.add_argument("--systems", nargs="*", default=SYSTEMS)
     flags.add_argument("--envs", nargs="*", default=ENVS)
     flags.add_argument("--runs", type=Path, default=RESULTS.parent.parent / "runs" / "offpolicy")
-    args = flags.parse_args()
-    if args.child:
-        entry(args.child, {"ours": train_ours, "sb3": train_sb3})
-        return
-    cores, about, steps = cores_of(args.cores), machine(), 1_000 if args.smoke else args.steps
+    args = begin(flags, {"ours": train_ours, "sb3": train_sb3})
+    about, steps = machine(args.cores), 1_000 if args.smoke else args.steps
     args.runs.mkdir(parents=True, exist_ok=True)
     found, rows = [], []
     for system in args.systems:
         for env in args.envs:
             scores: dict[str, list[float]] = {"ours": [], "sb3": []}
-            for seed in range(1 if args.smoke else args.rounds):
+            for seed in range(args.rounds):
                 for kind in scores:
                     spec = {"kind": kind, "system": system, "env": env, "steps": steps, "seed": seed}
-                    done = finished(spec, args.runs, cores)
+                    done = finished(spec, args.runs, args.cores)
                     scores[kind].append(done["score"])
                     found.append({**spec, **done})
                     print(f"  {kind:<5} {system} {env} seed {seed}: {done['score']:,.0f} in {done['seconds']:,.0f} s")
             rows.append([env, system, f"{steps:,}", *map(interval, scores.values()), len(scores["ours"])])
-    smoke = "**A smoke run: these numbers mean nothing.**\n\n" if args.smoke else ""
     head = ["environment", "system", "steps", "ours", "Stable-Baselines3", "seeds"]
-    text = f"# Off-policy learning\n\n{smoke}{header(about)}\n\n{table(head, rows)}\n\n{NOTES}"
-    result = {"smoke": args.smoke, "machine": about, "runs": found, "command": sys.argv[1:]}
-    write(args.out, "offpolicy_learning", result, text)
+    finish(args, "offpolicy_learning", about, {"runs": found}, "Off-policy learning", table(head, rows), NOTES)
 
 
 if __name__ == "__main__":

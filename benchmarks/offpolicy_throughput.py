@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import child, cores_of, entry, header, interleaved, machine, parser, ratios, spread, table, write
+from common import begin, child, chosen, finish, interleaved, machine, parser, ratios, spread, table
 
 NOTES = """Each number is the median over the rounds, with the least and the greatest; ratios are taken within a
 round. Every variant is a process of its own, pinned to the same cores with as many torch threads, and they take
@@ -139,15 +138,9 @@ def main() -> None:
     """Run every case."""
     flags = parser(__doc__ or "", rounds=5)
     flags.add_argument("--cases", default="", help="only cases whose names contain one of these: 'SAC;Pong'")
-    args = flags.parse_args()
-    if args.child:
-        entry(args.child, {"ours": train_ours, "sb3": train_sb3})
-        return
-    cores, rounds = cores_of(args.cores), 1 if args.smoke else args.rounds
-    about, found, rows = machine(cores), {}, []
-    for name, case in CASES.items():
-        if not any(part in name for part in args.cases.split(";")):
-            continue
+    args = begin(flags, {"ours": train_ours, "sb3": train_sb3})
+    about, found, rows = machine(args.cores), {}, []
+    for name, case in chosen(CASES, args.cases).items():
         hidden = case.theirs.get("policy_kwargs", {}).get("net_arch", [256, 256])
         settings = {**case._asdict(), "hidden": hidden, **(SMOKE if args.smoke else {})}
         variants = {
@@ -160,8 +153,8 @@ def main() -> None:
         print(name, flush=True)
         results = interleaved(
             variants,
-            rounds,
-            lambda spec, number: child(__file__, {**spec, "seed": number}, cores),
+            args.rounds,
+            lambda spec, number: child(__file__, {**spec, "seed": number}, args.cores),
             lambda result: (
                 f"{result['steps_per_second']:>9,.1f} steps/s, {result['updates_per_step']:.2f} updates a step"
             ),
@@ -175,11 +168,8 @@ def main() -> None:
             rows.append([name, who, how, often, f"{spread(speeds[who]):,.0f}", versus, aim])
     head = ["case", "who", "environments", "updates a step", "steps/s", "× SB3", "aim"]
     lines = "\n".join(f"- {name}: `{each['settings']['ours']}`" for name, each in found.items())
-    smoke = "**A smoke run: these numbers mean nothing.**\n\n" if args.smoke else ""
-    began = f"# Off-policy throughput\n\n{smoke}{header(about)} Rounds: {rounds}."
-    text = f"{began}\n\n{table(head, rows)}\n\n{NOTES}\n\n{lines}"
-    result = {"smoke": args.smoke, "rounds": rounds, "machine": about, "cases": found, "command": sys.argv[1:]}
-    write(args.out, "offpolicy_throughput", result, text)
+    title, result = "Off-policy throughput", {"cases": found}
+    finish(args, "offpolicy_throughput", about, result, title, table(head, rows), NOTES, lines)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import child, cores_of, entry, header, interleaved, machine, parser, ratios, spread, table, write
+from common import begin, child, chosen, finish, interleaved, machine, parser, ratios, spread, table
 
 NOTES = """Each number is the median over the rounds, with the least and the greatest; ratios are taken within a
 round. Every variant is a process of its own, pinned to the same cores with as many torch threads, and they take
@@ -18,7 +17,8 @@ lane only resets does not count); Stable-Baselines3's (SB3) is `model.learn` wit
 Gymnasium's CartPole, and for Pong on ale-py in its own `make_atari_env` with OpenCV and 4 stacked frames. Start-up is
 from the start of the process to the end of the `first` iterations, compilation included, which later rounds find
 cached. Hyperparameters are equal, constant over the run, with two 2×64 tanh networks or one Nature CNN; on images
-ours takes bf16 for the trunk where the processor has the instructions ("float32": it was told not to)."""
+ours takes bf16 for the trunk where the processor has the instructions ("float32": it was told not to), on vectors only
+where it is told to ("bf16")."""
 
 PEERS = ("SB3", "SB3 on EnvPool")
 
@@ -123,10 +123,12 @@ def variants_of(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found["ours compiled"] = {**mine, "options": {"compile": True}}
     if images:
         found["ours eager float32"] = {**mine, "options": {"precision": "float32"}}
-    elif picked != "tensor":
-        tensor = {**mine, "env": f"tensor:{case['env']}"}
-        found["ours eager on tensor"] = {**tensor, "options": {}}
-        found["ours compiled on tensor"] = {**tensor, "options": {"compile": True}}
+    else:
+        found["ours bf16 compiled"] = {**mine, "options": {"compile": True, "precision": "bf16"}}
+        if picked != "tensor":
+            tensor = {**mine, "env": f"tensor:{case['env']}"}
+            found["ours eager on tensor"] = {**tensor, "options": {}}
+            found["ours compiled on tensor"] = {**tensor, "options": {"compile": True}}
     return found
 
 
@@ -143,20 +145,16 @@ def rows_of(name: str, case: dict[str, Any], results: dict[str, list[dict[str, A
     return rows
 
 
-def run_cases(args: Any, cores: list[int], rounds: int) -> dict[str, Any]:
+def run_cases(args: Any) -> dict[str, Any]:
     """Every case that was asked for: its settings, and its results by variant."""
     found = {}
-    for name, case in CASES.items():
-        if not any(part in name for part in args.cases.split(";")):
-            continue
+    for name, case in chosen(CASES, args.cases).items():
         settings = {**case._asdict(), **(SMOKE if args.smoke else {})}
-        variants = variants_of(settings)
-        wanted = {who: spec for who, spec in variants.items() if any(part in who for part in args.only.split(";"))}
         print(name, flush=True)
         results = interleaved(
-            wanted,
-            rounds,
-            lambda spec, number: child(__file__, {**spec, "seed": number}, cores),
+            chosen(variants_of(settings), args.only),
+            args.rounds,
+            lambda spec, number: child(__file__, {**spec, "seed": number}, args.cores),
             lambda result: f"{result['steps_per_second']:>9,.0f} steps/s, start-up {result['startup']:.1f} s",
         )
         found[name] = {"settings": settings, "results": results}
@@ -174,27 +172,14 @@ def main() -> None:
     flags = parser(__doc__ or "", rounds=5)
     flags.add_argument("--cases", default="", help="only cases whose names contain one of these: '8 lanes;Pong'")
     flags.add_argument("--only", default="", help="only variants whose names contain one of these: 'SB3;eager'")
-    args = flags.parse_args()
-    if args.child:
-        entry(args.child, {"ours": train_ours, "sb3": train_sb3})
-        return
-    cores, rounds = cores_of(args.cores), 1 if args.smoke else args.rounds
-    about = machine(cores)
-    found = run_cases(args, cores, rounds)
+    args = begin(flags, {"ours": train_ours, "sb3": train_sb3})
+    about = machine(args.cores)
+    found = run_cases(args)
     head = ["case", "who", "environments", "steps/s", *(f"× {peer}" for peer in PEERS), "aim × SB3", "start-up, s"]
     rows = [row for name, each in found.items() for row in rows_of(name, each["settings"], each["results"])]
     lines = "\n".join(f"- {name}: `{settings_of(each['settings'])}`" for name, each in found.items())
-    smoke = "**A smoke run: these numbers mean nothing.**\n\n" if args.smoke else ""
-    text = f"# PPO throughput\n\n{smoke}{header(about)} Rounds: {rounds}.\n\n{table(head, rows)}\n\n{NOTES}\n\n{lines}"
-    result = {
-        "smoke": args.smoke,
-        "rounds": rounds,
-        "machine": about,
-        "hyper": HYPER,
-        "cases": found,
-        "command": sys.argv[1:],
-    }
-    write(args.out, "ppo_throughput", result, text)
+    result = {"hyper": HYPER, "cases": found}
+    finish(args, "ppo_throughput", about, result, "PPO throughput", table(head, rows), NOTES, lines)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from common import child, cores_of, entry, header, interleaved, machine, parser, ratios, spread, table, write
+from common import begin, child, chosen, finish, interleaved, machine, parser, ratios, spread, table
 
 NOTES = """Each number is the median over the rounds, with the least and the greatest, of calls a second; ratios are
 taken within a round. Every variant is a process of its own, pinned to the same cores with as many torch threads, and
@@ -175,29 +174,22 @@ def main() -> None:
     flags = parser(__doc__ or "", rounds=5)
     flags.add_argument("--cases", default="", help="only cases whose names contain one of these: 'uniform;Atari'")
     flags.add_argument("--only", default="", help="only variants whose names contain one of these: 'ours;SB3'")
-    args = flags.parse_args()
-    if args.child:
-        entry(args.child, {OURS: ours, "torchrl": torchrl, "SB3": sb3})
-        return
-    cores, rounds = cores_of(args.cores), 1 if args.smoke else args.rounds
-    about, cases, rows = machine(cores), {}, []
-    for name, (call, size, aim) in CASES.items():
-        if not any(part in name for part in args.cases.split(";")):
-            continue
+    args = begin(flags, {OURS: ours, "torchrl": torchrl, "SB3": sb3})
+    about, cases, rows = machine(args.cores), {}, []
+    for name, (call, size, aim) in chosen(CASES, args.cases).items():
         capacity = 10_000 if args.smoke else 100_000 if call == "atari" else 1_000_000
         spec = {"call": call, "size": size, "capacity": capacity, "seconds": 0.05 if args.smoke else 1.0}
         who = [each for each in (OURS, *PEERS) if not (each == "SB3" and call == "update")]
-        wanted = {each: {**spec, "kind": each} for each in who if any(part in each for part in args.only.split(";"))}
         print(name, flush=True)
         cases[name] = interleaved(
-            wanted, rounds, lambda spec, _: measured(spec, cores), lambda result: f"{result['rate']:>10,.0f} calls/s"
+            chosen({each: {**spec, "kind": each} for each in who}, args.only),
+            args.rounds,
+            lambda spec, _: measured(spec, args.cores),
+            lambda result: f"{result['rate']:>10,.0f} calls/s",
         )
         rows += rows_of(name, cases[name], aim)
     head = ["case", "who", "calls/s", "ours × it", "aim"]
-    smoke = "**A smoke run: these numbers mean nothing.**\n\n" if args.smoke else ""
-    text = f"# Replay throughput\n\n{smoke}{header(about)} Rounds: {rounds}.\n\n{table(head, rows)}\n\n{NOTES}"
-    result = {"smoke": args.smoke, "rounds": rounds, "machine": about, "cases": cases, "command": sys.argv[1:]}
-    write(args.out, "replay_throughput", result, text)
+    finish(args, "replay_throughput", about, {"cases": cases}, "Replay throughput", table(head, rows), NOTES)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from common import child, cores_of, entry, header, interleaved, machine, parser, ratios, spread, table, write
+from common import begin, child, chosen, finish, interleaved, machine, parser, ratios, spread, table
 
 ENV, SOLVED, EPISODES, EVERY, BUDGET = "CartPole-v1", 475.0, 20, 5_000, 100_000  # EVERY and BUDGET are steps
 SMOKE = {"solved": 5.0, "every": 256, "budget": 1024}
@@ -102,23 +101,18 @@ def main() -> None:
     """Run both, in turns."""
     flags = parser(__doc__ or "", rounds=5)
     flags.add_argument("--only", default="", help="only variants whose names contain one of these: 'ours;evaluation'")
-    args = flags.parse_args()
-    if args.child:
-        entry(args.child, {"ours": train_ours, "sb3": train_sb3})
-        return
-    cores, rounds = cores_of(args.cores), 1 if args.smoke else args.rounds
+    args = begin(flags, {"ours": train_ours, "sb3": train_sb3})
     rule = SMOKE if args.smoke else {"solved": SOLVED, "every": EVERY, "budget": BUDGET}
     variants = {
         "SB3": {**rule, "kind": "sb3", "eval_lanes": EPISODES},
         "SB3, 1 evaluation lane": {**rule, "kind": "sb3", "eval_lanes": 1},
         "ours": {**rule, "kind": "ours"},
     }
-    variants = {who: spec for who, spec in variants.items() if any(part in who for part in args.only.split(";"))}
-    about = machine(cores)
+    about = machine(args.cores)
     results = interleaved(
-        variants,
-        rounds,
-        lambda spec, number: child(__file__, {**spec, "seed": number}, cores),
+        chosen(variants, args.only),
+        args.rounds,
+        lambda spec, number: child(__file__, {**spec, "seed": number}, args.cores),
         lambda result: (
             f"{result['seconds']:6.1f} s, {result['until_training']:.1f} s of them before training, "
             f"{result['steps']:,} steps"
@@ -132,12 +126,10 @@ def main() -> None:
         steps = f"{spread([each['steps'] for each in found]):,.0f}"
         rows.append([who, *columns, steps, share, "≤ 0.33" if who == "ours" else ""])
     head = ["who", *COLUMNS.values(), "steps", "share of SB3's time", "aim"]
-    smoke = "**A smoke run: these numbers mean nothing.**\n\n" if args.smoke else ""
     ours = results["ours"][0]["settings"] if "ours" in results else "not run"
     settings = f"- ours: `{ours}`\n- SB3: `n_envs={ZOO_ENVS} {ZOO} linear {ZOO_LINEAR}`"
-    text = f"# Time to solve CartPole-v1\n\n{smoke}{header(about)} Rounds: {rounds}.\n\n{table(head, rows)}\n\n{NOTES}"
-    result = {"smoke": args.smoke, "rounds": rounds, "rule": rule, "machine": about, "results": results}
-    write(args.out, "time_to_solve", {**result, "command": sys.argv[1:]}, f"{text}\n\n{settings}")
+    result = {"rule": rule, "results": results}
+    finish(args, "time_to_solve", about, result, "Time to solve CartPole-v1", table(head, rows), NOTES, settings)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ CHUNK = 8  # rows that are compiled as one function; more rows a call cost less,
 class Unroll:
     """A slot for T steps of B lanes, and what was noted when it was filled."""
 
-    def __init__(self, buffer: UnrollBuffer, state: Tensor) -> None:
+    def __init__(self, buffer: UnrollBuffer, state: Tensor, records: bool) -> None:
         self.buffer = buffer
+        self.records = records  # whether acting gives more than actions, which the row to bootstrap from needs too
         self.state_in = state.clone()  # [B, S] recurrent state before row 0
         self.version = torch.zeros((), dtype=torch.int64)  # of the weights that acted
 
@@ -81,7 +82,6 @@ class Collector:
         self._chunk = next(n for n in range(CHUNK, 0, -1) if steps % n == 0) if whole else steps
         self._act = compiled(self._choose, graphs) if compile and not whole else self._choose
         self._rows = compiled(self._collect, graphs) if whole else self._collect
-        self._records = True  # whether acting gives more than actions, which the row to bootstrap from needs too
         self._scale = torch.ones(env.lanes, device=env.device)  # of exploration
         self._obs = env.reset(seed)
         self._state = net.initial_state(env.lanes, env.device)
@@ -109,7 +109,6 @@ class Collector:
         floats = torch.zeros(self.env.lanes, device=self.env.device)
         noise = self.net.draw((self.env.lanes,), torch.Generator(self.env.device))
         acted = self._choose(self._obs, self._state, noise)
-        self._records = bool(acted.record)
         row = {
             "obs": self._obs,
             "action": acted.action,
@@ -118,7 +117,7 @@ class Collector:
             **{name: floats.bool() for name in ("terminated", "truncated", "valid", "start")},
             **acted.record,
         }
-        return Unroll(UnrollBuffer(row, self.T), self._state)
+        return Unroll(UnrollBuffer(row, self.T), self._state, bool(acted.record))
 
     @torch.no_grad()
     def fill(self, unroll: Unroll, scale: Tensor | float = 1.0) -> int:
@@ -138,7 +137,7 @@ class Collector:
         if self._tensor_env is not None:
             self._tensor_env.noise = None
         rest = {"obs": self._obs, "start": self._start}
-        if self._records:  # these lanes act again, with newer weights: this is for the record alone
+        if unroll.records:  # these lanes act again, with newer weights: this is for the record alone
             rest |= self._choose(self._obs, self._state, noise[-1]).record
         unroll.buffer.write({name: [value] for name, value in rest.items()}, self.T)
         unroll.version.fill_(self.version)

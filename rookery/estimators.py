@@ -21,6 +21,7 @@ __all__ = [
     "VTrace",
     "categorical_projection",
     "gae",
+    "huber",
     "linear_recurrence",
     "n_step",
     "quantile_huber",
@@ -273,9 +274,13 @@ def quantile_huber(quantile: Tensor, fraction: Tensor, target: Tensor, threshold
         threshold: κ, above 0.
     """
     error = target.unsqueeze(-2) - quantile.unsqueeze(-1)
-    huber = F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=threshold) / threshold
     slope = (fraction.unsqueeze(-1) - (error < 0).to(error.dtype)).abs()
-    return (slope * huber).mean(-1).sum(-1)
+    return (slope * (huber(error, threshold) / threshold)).mean(-1).sum(-1)
+
+
+def huber(error: Tensor, threshold: float = 1.0) -> Tensor:
+    """½x² up to the threshold k, k(|x| − ½k) beyond it, `[...]`. Not annotated with shapes, as `valid_mean` is not."""
+    return F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=threshold)
 
 
 def _unless(stop: Bool[Tensor, "T B"], factor: float, like: Float[Tensor, "T B"]) -> Float[Tensor, "T B"]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rookery.algorithms.base import Algorithm, Batch, Loss, Now, OnPolicy, Part, PolicyNet, ReplayPlan, flat
+from rookery.data.plan import PER_SAMPLE
 from rookery.nn.compiled import compiled, precision
 
 __all__ = ["Learner", "NonFinite", "minibatches"]
@@ -247,9 +248,6 @@ def minibatches(plan: OnPolicy | ReplayPlan, data: Batch, generator: torch.Gener
         for start in range(0, count, size):
             part = {name: _narrow(value, axis, start, size) for name, value in shuffled.items()}
             yield {**part, "state": lanes[start : start + size]}
-
-
-PER_SAMPLE = ("weight", "index", "state")  # of sampled sequences, these have no time dimension
 
 
 def _take(value: Any, order: Tensor, axis: int) -> Any:

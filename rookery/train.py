@@ -119,7 +119,7 @@ def execute(run: Run, name: str, options: Options, quiet: bool = False, saved: d
             options.device if options.replay_memory == "device" else "cpu",
             options.save_replay,
             run._make_net.spec.stack,
-            run._make_net.spec.goal_reward if getattr(run.algorithm, "hindsight", 0) else None,
+            run._make_net.spec.goal_reward,
         ),
     )
     topology = "actors_replay_learner" if isinstance(run.algorithm.plan, ReplayPlan) else "actors_learner"

@@ -33,6 +33,8 @@ def check_machine(result: dict[str, Any], text: str) -> None:
     assert result["smoke"] is True
     assert "smoke" in text
     assert result["machine"]["cpu"]
+    assert "--smoke" in result["command"]
+    assert "--out" not in result["command"]
     assert result["machine"]["versions"]["torch"] in text
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from rookery.algorithms.base import Batch, Loss, Network, Now
-from rookery.algorithms.off_policy import QLearning, expected, greedy_next, huber, of_action, q_loss
+from rookery.algorithms.off_policy import QLearning, expected, greedy_next, of_action, q_loss
+from rookery.estimators import huber
 
 if TYPE_CHECKING:
     from rookery.envs.spec import EnvSpec

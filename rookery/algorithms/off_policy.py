@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rookery.algorithms.base import Acted, Algorithm, Batch, Explore, Loss, Refused, ReplayPlan, Target
 from rookery.envs.spec import mask_of
@@ -25,7 +24,6 @@ __all__ = [
     "epsilon_greedy",
     "expected",
     "greedy_next",
-    "huber",
     "of_action",
     "q_loss",
     "scheduled",
@@ -203,8 +201,3 @@ def epsilon_greedy(values: Tensor, mask: Tensor | None, explore: Explore | None)
 def scheduled(steps: int, start: float, end: float, over: int) -> float:
     """From `start` to `end` in a straight line over so many steps, and `end` from then on."""
     return end if steps >= over else start + (end - start) * steps / over
-
-
-def huber(error: Tensor, threshold: float = 1.0) -> Tensor:
-    """½x² up to the threshold k, k(|x| − ½k) beyond it."""
-    return F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=threshold)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rookery.data.plan import PER_SAMPLE
 from rookery.data.replay import ReplayBuffer, check_priorities
 from rookery.envs.vector import Obs
 
@@ -61,7 +62,7 @@ class Mixture:
         return {name: torch.cat([batch[name] for _, batch in drawn], dims[name]) for name in first}
 
     def _sequences(self, name: str) -> bool:
-        return self.parts[0].plan.sequence > 0 and name not in ("weight", "index", "state")
+        return self.parts[0].plan.sequence > 0 and name not in PER_SAMPLE
 
     def prioritise(self, index: Tensor, priorities: Tensor) -> None:
         """Each buffer gets the priorities of its own samples; see `ReplayBuffer.prioritise`."""
@@ -76,6 +77,13 @@ class Mixture:
         return {str(place): part.state() for place, part in enumerate(self.parts)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state()` was taken."""
-        for place, part in enumerate(self.parts):
-            part.load_state(state[str(place)])
+        """Go on from where `state()` was taken.
+
+        Raises:
+            ValueError: for a state that one of the buffers refuses; none is loaded then.
+        """
+        states = [state[str(place)] for place in range(len(self.parts))]
+        for part, own in zip(self.parts, states, strict=True):
+            part.check_state(own)
+        for part, own in zip(self.parts, states, strict=True):
+            part.load_state(own)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["OnPolicy", "Refused", "ReplayPlan"]
+__all__ = ["PER_SAMPLE", "OnPolicy", "Refused", "ReplayPlan"]
+
+PER_SAMPLE = ("weight", "index", "state")  # of sampled sequences, these have no time dimension
 
 
 class Refused(ValueError):

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from rookery.data.frames import REACH, Observations, StackedFrames
 from rookery.data.plan import ReplayPlan
-from rookery.data.samples import FLAGS, SPAN, GoalReward, Hindsight, Samples, Sequences, Transitions
+from rookery.data.samples import FLAGS, SPAN, Hindsight, Samples, Sequences, Transitions
 from rookery.data.storage import Key, Memory, Ring, allocator, leaves, nested
 from rookery.data.sum_tree import SumTree
+from rookery.envs.spec import GoalReward
 from rookery.envs.vector import Obs
 
 __all__ = ["ReplayBuffer", "check_priorities"]
@@ -46,7 +47,7 @@ class ReplayBuffer:
         memory: "ram"; "shared" with the processes that are handed the buffer after its first insert; or the folder of
             memory-mapped files.
         device: of the memory, and of the samples.
-        goal_reward: the reward `[N]` of `achieved` goals when others were `desired`; with `plan.hindsight` only.
+        goal_reward: the reward `[N]` of `achieved` goals when others were `desired`; of use to `plan.hindsight` only.
 
     Raises:
         ValueError: for settings that cannot work, alone or together.
@@ -158,7 +159,7 @@ class ReplayBuffer:
         columns = {key: leaf if key[0] == "obs" else leaf[:count] for key, leaf in columns.items()}
         looks = {key: (tuple(leaf.shape[2:]), leaf.dtype) for key, leaf in columns.items()}
         if self._ring.columns:
-            _check_looks(looks, self._looks(), "this insert")
+            _check_looks(looks, _looks_of(self._ring.columns), "this insert")
         for key, leaf in columns.items():
             wanted = [count + (key[0] == "obs"), self.lanes]
             if list(leaf.shape[:2]) != wanted:
@@ -194,11 +195,6 @@ class ReplayBuffer:
             self._ring.add(ENTERING, (), torch.float32)
         self._ring.add(SPAN, (), torch.int16)
         self._ring.columns[SPAN].zero_()
-
-    def _looks(self) -> Looks:
-        """Shape and dtype in a cell of what is stored of an insert."""
-        columns = self._ring.columns.items()
-        return {key: (tuple(column.shape[2:]), column.dtype) for key, column in columns if key[0] != "replay"}
 
     def _goes_on(self, columns: dict[Key, Tensor], stacks: Obs, writer: int, head: int) -> bool:
         """Whether an unroll begins with the observation that the last one of its writer ended with."""
@@ -368,11 +364,11 @@ class ReplayBuffer:
             saved["sums"] = self._tree.state(filled * self.lanes * self.writers)
         return saved
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state()` was taken.
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse what `load_state` cannot load.
 
         Raises:
-            ValueError: for the state of a buffer with another layout or other columns; nothing is loaded then.
+            ValueError: for the state of a buffer with another layout or other columns.
         """
         mine = self._layout()
         other = {name: value for name, value in state["layout"].items() if mine.get(name) != value}
@@ -380,11 +376,15 @@ class ReplayBuffer:
             wanted = {name: mine.get(name) for name in other}
             raise ValueError(f"the saved replay has {other} where this one has {wanted}; give both the same settings.")
         columns = dict(leaves(state["columns"]))
-        looks = {key: (tuple(leaf.shape[2:]), leaf.dtype) for key, leaf in columns.items() if key[0] != "replay"}
-        if self._ring.columns and looks:
-            _check_looks(looks, self._looks(), "the saved replay")
-        elif looks:
-            self._allocate(looks)
+        if self._ring.columns and columns:
+            _check_looks(_looks_of(columns), _looks_of(self._ring.columns), "the saved replay")
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state()` was taken; what `check_state` refuses is refused before anything is loaded."""
+        self.check_state(state)
+        columns = dict(leaves(state["columns"]))
+        if columns and not self._ring.columns:
+            self._allocate(_looks_of(columns))
         if self._ring.columns:
             self._ring.columns[SPAN].zero_()
         for key, leaf in columns.items():
@@ -421,11 +421,12 @@ def _check_plan(plan: ReplayPlan, lanes: int, stack: int, goal_reward: GoalRewar
         raise ValueError(f"hindsight={plan.hindsight} reads goals from structures, not from stacks; use stack=1.")
 
 
-def _check_looks(
-    looks: Looks,
-    mine: Looks,
-    who: str,
-) -> None:
+def _looks_of(columns: Mapping[Key, Tensor]) -> Looks:
+    """Shape and dtype in a cell of what an insert brought."""
+    return {key: (tuple(leaf.shape[2:]), leaf.dtype) for key, leaf in columns.items() if key[0] != "replay"}
+
+
+def _check_looks(looks: Looks, mine: Looks, who: str) -> None:
     for key in sorted(looks.keys() | mine.keys()):
         seen, wanted = (
             f"{str(both[key][1]).removeprefix('torch.')}{list(both[key][0])}" if key in both else "nothing"

@@ -5,7 +5,6 @@ Each kind says which columns it derives, works out `span` for new rows (0 where 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -15,14 +14,13 @@ from rookery.data.frames import Observations
 from rookery.data.plan import ReplayPlan
 from rookery.data.storage import Key, Ring
 from rookery.data.windows import FAR, n_step_returns, steps_in_episode, steps_left
+from rookery.envs.spec import GoalReward
 from rookery.envs.vector import Obs
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
 
-__all__ = ["FLAGS", "SPAN", "GoalReward", "Hindsight", "Samples", "Sequences", "Transitions"]
-
-GoalReward = Callable[[Obs, Obs], Tensor]  # achieved [N, ...], desired [N, ...] -> reward [N]
+__all__ = ["FLAGS", "SPAN", "Hindsight", "Samples", "Sequences", "Transitions"]
 
 FLAGS = ("reward", "terminated", "truncated", "valid")  # of a row, the columns that every insert brings
 SPAN = ("replay", "span")  # rows that a sample goes on for from here; 0 where none can be drawn

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["EnvSpec", "GoalReward", "Leaf", "dtype_of", "example", "leaves", "mask_of"]
 
 MASK = "action_mask"
-GoalReward = Callable[[Tensor, Tensor], Tensor]  # achieved and desired goals, each [N, G]
+GoalReward = Callable[[Tensor, Tensor], Tensor]  # achieved and desired goals, each [N, G] -> reward [N]
 
 Leaf = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rookery.envs.spec import MASK, EnvSpec, example, leaves, mask_of
+from rookery.nn.compiled import in_float32
 from rookery.nn.cores import make_core
 from rookery.nn.encoders import Encoder, VectorEncoder, make_encoder
 from rookery.nn.heads import Policy, make_head
@@ -95,11 +96,8 @@ class ActorCritic(PolicyNet):
         mask = mask_of(obs)
         if self.norm is not None:
             obs = self.norm(obs)
-        features = self.trunk(obs)
-        if features.dtype == torch.float32:
-            return self._heads(features, mask, state, start)
-        with torch.autocast(features.device.type, enabled=False):  # bf16 is for the trunk; probabilities need float32
-            return self._heads(features.float(), mask, state, start)
+        features = self.trunk(obs).float()  # a user's network may give other floats
+        return in_float32(self._heads, features, mask, state, start)
 
     def _heads(
         self, features: Tensor, mask: Tensor | None, state: Tensor | None, start: Tensor | None

@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
-__all__ = ["compiled", "precision"]
+__all__ = ["compiled", "in_float32", "precision"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Result = TypeVar("Result")
 
 
 def compiled(function: Function, graphs: bool = False) -> Function:
@@ -25,3 +27,11 @@ def compiled(function: Function, graphs: bool = False) -> Function:
 def precision(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
     """Within it, matrix products and convolutions are in bfloat16 if asked for; else it is free of cost."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def in_float32(function: Callable[..., Result], x: Tensor, *more: Any) -> Result:
+    """`function(x, *more)` without the bfloat16 of `precision`, which is for the layers before the last ones."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return function(x, *more)
+    with torch.autocast(x.device.type, enabled=False):
+        return function(x.float(), *more)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from rookery.envs.spec import MASK, leaves
 from rookery.nn.actor_critic import Network, OwnNetwork, check_mask
+from rookery.nn.compiled import in_float32
 from rookery.nn.encoders import ACTIVATIONS, MLP, StackedLinear, make_encoder
 from rookery.nn.heads import make_head
 from rookery.nn.init import init_linear
@@ -26,8 +27,6 @@ from rookery.nn.norm import NormObs
 from rookery.nn.policy import PolicyNet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tensordict import TensorDict
 
     from rookery.envs.spec import EnvSpec
@@ -136,7 +135,7 @@ class Actor(nn.Module):
             self.head = make_head(space, self.mlp.features, squash=kind == "squashed", state_dependent_std=True)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Any:
-        return _in_float32(self.head, self.mlp(features), *(() if mask is None else (mask,)))
+        return in_float32(self.head, self.mlp(features), *(() if mask is None else (mask,)))
 
 
 class Critics(nn.Module):
@@ -176,20 +175,12 @@ class Critics(nn.Module):
             x = _affine(x, weight, bias)
             x = self.activation(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
         last, bias = parameters[-1]
-        x = _in_float32(_affine, x, last, bias)
+        x = in_float32(_affine, x, last, bias)
         return x.reshape(len(x), *given.shape[:-1], *self.outputs)
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias, x, weight)
-
-
-def _in_float32(function: Callable[..., Any], x: Tensor, *more: Any) -> Any:
-    """Last layers and what follows them: bf16 is for the layers before."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return function(x, *more)
-    with torch.autocast(x.device.type, enabled=False):
-        return function(x.float(), *more)
 
 
 def _check_actions(spec: EnvSpec, kind: Kind) -> None:

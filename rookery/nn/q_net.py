@@ -20,6 +20,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from rookery.nn.actor_critic import Network, OwnNetwork, check_mask
+from rookery.nn.compiled import in_float32
 from rookery.nn.encoders import ACTIVATIONS, Encoder, ImageEncoder, make_encoder
 from rookery.nn.norm import NormObs
 from rookery.nn.policy import PolicyNet
@@ -197,10 +198,7 @@ class Stream(nn.Module):
         noises = [()] * len(self.layers) if noise is None else [(n,) for n in noise.split(self.noise_sizes, -1)]
         for layer, given in zip(self.layers[:-1], noises[:-1], strict=True):
             x = self.activation(layer(x, *given))
-        if not torch.is_autocast_enabled(x.device.type):
-            return self.layers[-1](x, *noises[-1])
-        with torch.autocast(x.device.type, enabled=False):
-            return self.layers[-1](x.float(), *noises[-1])
+        return in_float32(self.layers[-1], x, *noises[-1])
 
 
 class NoisyLinear(nn.Linear):

@@ -69,7 +69,7 @@ class Setting:
     @property
     def replay_plan(self) -> ReplayPlan:
         """What the algorithm asks of replay."""
-        assert isinstance(self.algorithm.plan, ReplayPlan)  # for the type checker; `build` has refused others
+        assert isinstance(self.algorithm.plan, ReplayPlan)  # for the type checker: others have no replay
         return self.algorithm.plan
 
     @property

@@ -76,7 +76,7 @@ async def learner(role: Role, setting: Setting, weights: Weights, replay: Replay
     weights.publish(learner.version, learner.values(), learner.steps)
     while learner.steps < setting.total_steps:
         beta = plan.beta + (1 - plan.beta) * learner.steps / setting.total_steps
-        samples = await replay.sample(plan.batch, plan.updates(setting.lanes), beta=min(1.0, beta))
+        samples = await replay.sample(plan.batch, plan.updates(setting.lanes), beta=beta)
         before, steps = learner.steps, replay.inserts
         priorities = learner.update({name: value.to(learner.device) for name, value in samples.items()}, steps)
         if priorities is not None:

@@ -69,6 +69,16 @@ def test_a_loaded_mixture_has_the_same_future() -> None:
     assert all(torch.equal(mine[name], its[name]) for name in mine)
 
 
+def test_a_state_that_one_part_refuses_is_loaded_into_none() -> None:
+    saved, mixture = Mixture(parts(), [0.5, 0.5]), Mixture([parts()[0], parts(gamma=0.5)[1]], [0.5, 0.5])
+    saved.sample(8)  # moves the generators
+    before = mixture.parts[0].generator.get_state()
+    assert not torch.equal(saved.parts[0].generator.get_state(), before)
+    with pytest.raises(ValueError, match=r"the saved replay has {'gamma': 0.99} where this one has {'gamma': 0.5}"):
+        mixture.load_state(saved.state())
+    assert torch.equal(mixture.parts[0].generator.get_state(), before)
+
+
 @pytest.mark.parametrize("shares", [[1.0], [0.5, 0.6], [-0.5, 1.5]])
 def test_wrong_shares_are_refused(shares: list[float]) -> None:
     with pytest.raises(ValueError, match=r"of 2 buffers: give one of 0 or more each, 1 together"):

@@ -129,6 +129,19 @@ def test_a_users_network_drops_in(network: object, memory: str) -> None:
     assert out.value.shape == (T, B)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_heads_are_float32_whatever_a_users_network_gives(dtype: torch.dtype, bf16: bool) -> None:
+    class Cast(nn.Module):
+        def forward(self, obs: Tensor) -> Tensor:
+            return obs.to(dtype)
+
+    net = ActorCritic(spec(spaces.Box(-1, 1, (3,)), spaces.Discrete(2)), network=Cast())
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output, _ = net(torch.rand(5, 3))
+    assert output.value.dtype == output.policy.logits.dtype == torch.float32
+
+
 def test_a_users_network_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(2, F\).*flatten"):
         ActorCritic(spec(VECTOR, ACTIONS["box"]), network=nn.Unflatten(-1, (2, 2)))
