@@ -152,6 +152,10 @@ class Algorithm:
         """Choose actions for B lanes; without `explore`, greedy ones."""
         raise NotImplementedError
 
+    def priorities(self, unroll: Batch) -> Tensor | None:
+        """What the rows of an unroll enter prioritised replay with, `[T, B]`; None for the highest priority so far."""
+        return None
+
     def prepare(self, net: Any, unroll: Batch) -> Batch:
         """Once per batch of unrolls `[T+1, B]`, without gradient: advantages, targets. Gives `[T, B, ...]` tensors.
 

@@ -4,7 +4,7 @@ Idea: actors never wait for the learner, so what it learns from was done by an o
 by π/μ, truncated: values are then those of a policy between μ and π, and the gradient is that of the newer one.
 
 What differs from the paper: losses are means over the batch, not sums, so that the learning rate does not depend on its
-size (ε of RMSProp and the norm of the gradient are smaller accordingly); inputs are observations alone, without the last
+size (ε of RMSProp and the gradient's norm are smaller accordingly); inputs are observations alone, without the last
 action and reward. `correction="none"` leaves out the weights, which is what the paper compares with (section 5.2.2).
 """
 

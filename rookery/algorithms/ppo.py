@@ -5,8 +5,8 @@ ratio clipped so that the policy cannot leave the region in which the data still
 
 What differs from the paper: advantages are normalised in each minibatch, value and policy have separate networks on
 vector observations, weights start orthogonal, and the clip range is annealed with the learning rate, as in the
-reference implementations; value clipping and a KL stop are options. With `vtrace` actors do not wait for the learner, and
-V-trace (Espeholt et al. 2018) makes advantages and targets from what older weights did: APPO, asynchronous PPO.
+reference implementations; value clipping and a KL stop are options. With `vtrace` (APPO, asynchronous PPO) actors do not
+wait for the learner, and V-trace (Espeholt et al. 2018) makes advantages and targets from what older weights did.
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ class ReplayPlan:
     sequence: int = 0  # T, steps of a sequence; 0 samples transitions
     overlap: int = 0  # steps that a sequence shares with the one before it
     unroll: int = 0  # T, steps of a lane between rounds of updates; 0 takes the fewest that an update is owed for
+    ahead: int = 0  # unrolls that each actor may be ahead of the learner; 0 takes turns
     hindsight: float = 0.0  # share of samples whose goal is one the episode reached later
 
     def __post_init__(self) -> None:
