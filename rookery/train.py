@@ -202,6 +202,7 @@ class Keeper:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a checkpoint, scored by the last evaluation."""
+        self.step = state["steps"]  # roles that are not in this process finish what they are at, and come further
         replay = state["words"].get("replay", {}).pop("store", None)
         kept = {"run": state, "recorder": self.recorder.state(), "steps": self.step, "seconds": self.seconds()}
         self.run.checkpoints.save(self.step, kept, self.recorder.summary()["eval_return_mean"], replay)
@@ -209,6 +210,7 @@ class Keeper:
 
     def finish(self, state: dict[str, Any]) -> None:
         """The last checkpoint, the last evaluation, the summary and the pictures."""
+        self.step = state["steps"]
         if self._saved_at != self.step:
             self.save(state)
         run, options, seconds = self.run, self.options, self.seconds()

@@ -29,6 +29,7 @@ from rookery.runtimes.inline import (
     RoleError,
     State,
     role_seed,
+    until,
 )
 from rookery.runtimes.process import main
 from rookery.runtimes.words import Graph, Published, RoleSpec
@@ -116,8 +117,16 @@ class LocalQueue(InlineQueue):
         self._filled.extendleft((box.index, box) for box in reversed(reading))
         return len(filling)
 
+    @property
+    def underway(self) -> bool:
+        """Whether something is filled: the rest that it waits for must come before the run's state is taken."""
+        return bool(self._filled)
+
     def state(self) -> State:
-        return {}  # what is on its way is dropped
+        return {}  # what is still on its way, since nobody would have taken it, is dropped
+
+    def load_state(self, state: State) -> None:
+        """What another runtime had on its way is dropped too: roles make slots, and there is none yet."""
 
 
 @dataclass
@@ -246,9 +255,7 @@ class LocalReplay(InlineReplay):
         return self._sample(member, *how)
 
     async def _sample(self, member: Member, count: int, most: int, how: dict[str, Any]) -> tuple[int, int]:
-        before = self.limiter.samples
-        samples = await self.sample(count, most, **how)
-        drawn = self.limiter.samples - before
+        drawn, samples = await self.draw(count, most, **how)
         self.limiter.unlearnt += drawn
         lent = [box.number for _, box in self._lent.values()]
         box = next((box for box in self._samples if box.number not in lent and fits(box.value, samples)), None)
@@ -338,8 +345,8 @@ class Local:
         self.members: list[Member] = []
         self.words: dict[str, Any] = {}
         self._boxes: dict[int, Box] = {}
-        self._paused = self._collecting = False
-        self._states: dict[str, State | None] = {}  # given since they were asked for
+        self._paused = False
+        self._owing: set[int] = set()  # members whose state was asked for
         kinds = multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
 
@@ -370,6 +377,7 @@ class Local:
         """
         self.words = {name: WORDS[spec.kind](self, name, **spec.options) for name, spec in graph.words.items()}
         if saved is not None:
+            self.steps = saved["steps"]
             for name, word in self.words.items():
                 if hasattr(word, "load_state"):
                     word.load_state(saved["words"].get(name, {}))
@@ -377,7 +385,9 @@ class Local:
             state = None if saved is None else saved["roles"].get(f"{spec.name}_{spec.index}")
             self.members.append(Member(spec, role_seed(graph.seed, spec), packed(state)))
         # One process imports what roles need, and each role is a fork of it: 10 ms instead of 1.5 s.
-        self._context.set_forkserver_preload(sorted({spec.function.__module__ for spec in graph.roles}))
+        self._context.set_forkserver_preload(
+            [main.__module__, *sorted({spec.function.__module__ for spec in graph.roles})]
+        )
         try:
             for member in self.members:
                 self._start(member)
@@ -389,44 +399,64 @@ class Local:
 
     def snapshot(self) -> State:
         """The run's state once nobody is at work: what is begun is finished, nothing new is started."""
-        self._paused = True
-        while not self._idle():
-            self._turn()
-        self._states, self._collecting = {}, True
-        for member in self.members:
-            self._send(member, "state")
-        while len(self._states) < len(self.members):
-            self._turn()
-        self._paused = self._collecting = False
-        states = {name: unpacked(state) for name, state in self._states.items() if state is not None}
-        words = {name: word.state() for name, word in self.words.items() if hasattr(word, "state")}
-        return {"roles": states, "words": words}
+        self._paused, self._owing = True, {id(self)}
+        while self._owing:
+            while not self._idle() or self._finish():
+                self._turn()
+            self._owing = {id(member) for member in self.members if not member.over}
+            for member in self.members:
+                self._send(member, "state")
+            while self._owing and self._idle():  # else one has died: once more
+                self._turn()
+        self._paused = False
+        kept = {f"{member.spec.name}_{member.spec.index}": member.kept for member in self.members}
+        return {
+            "roles": {name: unpacked(state) for name, state in kept.items() if state is not None},
+            "words": {name: word.state() for name, word in self.words.items() if hasattr(word, "state")},
+            "steps": self.steps,
+        }
+
+    def _finish(self) -> bool:
+        """Let one go on while something is on its way that others wait to complete; whether one does."""
+        underway = any(getattr(word, "underway", False) for word in self.words.values())
+        return underway and any(self._answer(member, paused=False) for member in self.members)
 
     def _ended(self) -> bool:
         return any(member.over and member.spec.ends_run for member in self.members)
 
     def _turn(self) -> None:
         """Hear what there is to be heard, and answer what can be answered."""
-        at = {member.connection: member for member in self.members}
+        at = {member.connection: member for member in self.members if not member.over}
         for connection in wait(list(at), TICK):
-            member = at[connection]  # type: ignore[index]
-            try:
-                while member.connection is connection and connection.poll():  # type: ignore[union-attr]
-                    self._hear(member, *connection.recv())  # type: ignore[union-attr]
-            except (EOFError, OSError) as error:
-                self._revive(member, f"its process ended ({_cause(member.process)})", error)
+            self._listen(at[connection])  # type: ignore[index]
         self._look_after()
-        answered = True
-        while answered:
-            answered = sum(self._answer(member) for member in self.members) > 0
-        if (
-            self._idle()
-            and not self._paused
-            and not self._ended()
-            and not wait([member.connection for member in self.members], 0)
-        ):
+        while sum(self._answer(member, self._paused) for member in self.members):
+            pass
+        if self._idle() and not self._paused and not self._ended() and not wait(list(at), 0):
+            if sum(word.relent() for word in self.words.values() if hasattr(word, "relent")):
+                return
             waits = "; ".join(f"{member.name} waits for {member.waits_for}" for member in self.members)
             raise Deadlock(f"no role can go on: {waits}.")
+
+    def _listen(self, member: Member) -> None:
+        """Hear what a member says."""
+        connection = member.connection
+        for _ in range(BURST):
+            try:
+                if not connection.poll():
+                    return
+                message = connection.recv()
+            except (EOFError, OSError) as error:
+                self._revive(member, f"its process ended ({_cause(member.process)})", error)
+                return
+            try:
+                self._hear(member, *message)
+            except RoleError:
+                raise
+            except Exception as error:  # a word's, on the role's behalf
+                raise RoleError(f"{member.name} failed: {error}") from error
+            if member.over or member.connection is not connection:
+                return
 
     def _idle(self) -> bool:
         return all(member.over or member.waiting is not None for member in self.members)
@@ -435,9 +465,8 @@ class Local:
         member.since = time.monotonic()
         if kind == "tell":
             word, what, args = rest
-            if member.granted and what in UNITS:
-                member.failures = 0
             getattr(self.words[word], f"tell_{what}")(member, *args)
+            self._credit(member, what)
         elif kind == "ask":
             word, what, args = rest
             member.waiting = getattr(self.words[word], f"ask_{what}")(member, *args)
@@ -448,21 +477,31 @@ class Local:
             self._boxes[number].known_to = {member.connection}
         elif kind == "report":
             self.report(member.spec.name, member.spec.index, *rest)
+            self._credit(member, kind)
         elif kind == "advance":
             self.steps = rest[0]
-        elif kind == "state":
-            self._states[f"{member.spec.name}_{member.spec.index}"] = rest[0]
         elif kind == "kept":
             member.kept = rest[0]
+        elif kind == "state":
+            member.kept = rest[0]
+            self._owing.discard(id(member))
         elif kind == "over":
-            member.over, member.waits_for = True, "nothing, it has ended"
+            member.over, member.waits_for, member.kept = True, "nothing, it has ended", rest[0]
+            self._send(member, "end")
         elif kind == "failed":
             error, trace = rest
             self._revive(member, error, RuntimeError(trace))
 
-    def _answer(self, member: Member) -> bool:
+    def _credit(self, member: Member, what: str) -> None:
+        """Note a unit of work done; failures are forgotten once the run has come further than it was at the last."""
+        if member.granted and what in UNITS:
+            member.granted = False
+            if self.steps > member.failed_at:
+                member.failures = 0
+
+    def _answer(self, member: Member, paused: bool) -> bool:
         """Answer a member's question if that can be; whether it was."""
-        if member.waiting is None or (self._paused and member.starts):
+        if member.waiting is None or (paused and member.starts):
             return False
         try:
             member.waits_for, _ = member.waiting.send(None)
@@ -472,27 +511,29 @@ class Local:
             member.granted |= member.works
             self._send(member, "answer", answer.value)
             return True
+        except Exception as error:
+            raise RoleError(f"{member.name} failed: {error}") from error
 
     # Processes.
 
     def _start(self, member: Member) -> None:
         member.connection, theirs = self._context.Pipe()
         args = (theirs, member.spec, member.seed, member.kept, self.threads)
-        member.process = self._context.Process(target=main, args=args, name=member.name, daemon=True)
+        process = self._context.Process(target=main, args=args, name=member.name, daemon=True)
         try:
-            member.process.start()
+            process.start()
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             raise ValueError(
                 f"{member.name} cannot be handed to another process ({error}); make environments, networks and "
                 "functions importable (no lambdas or local classes), or use runtime='inline'."
             ) from error
         theirs.close()
-        member.since, member.granted, member.over = time.monotonic(), False, False
+        member.process, member.since, member.granted = process, time.monotonic(), False
 
     def _revive(self, member: Member, reason: str, error: BaseException) -> None:
         """Start a role again that has failed, and take back what it held."""
         self._close(member, 0.0)
-        member.failures += 1
+        member.failures, member.failed_at = member.failures + 1, self.steps
         lost = 0
         for name, word in self.words.items():
             filling = [box for held, box in member.filling.values() if held == name]
@@ -509,8 +550,6 @@ class Local:
         self.restarts += 1
         self.report("runtime", member.spec.index, self.steps, {"restarted": member.name, "dropped": lost})
         self._start(member)
-        if self._collecting:
-            self._send(member, "state")
 
     def _look_after(self) -> None:
         """Start again who has died silently or is not heard of."""

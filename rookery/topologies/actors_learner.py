@@ -92,8 +92,8 @@ async def actor(role: Role, setting: Setting, weights: Weights, unrolls: Queue) 
                 collector.load(version, values)
             valid = collector.fill(slot)
             unrolls.put(role.index, slot)
-            if crosses(steps, steps + valid, setting.log_every) and collector.returns:
-                role.report(steps + valid, collector.episodes())
+            if crosses(collector.steps - valid, collector.steps, setting.log_every) and collector.returns:
+                role.report(steps + valid * (not plan.stale), collector.episodes())
     finally:
         env.close()
 
