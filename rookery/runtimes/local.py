@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import multiprocessing.util
 import pickle
 import time
 from collections.abc import Callable, Coroutine
@@ -42,6 +43,7 @@ TICK = 0.2  # seconds after which signals and deadlines are looked at, when noth
 UNITS = ("put", "insert", "publish", "answer", "report")  # what a role says when it has done a unit of work
 BURST = 64  # messages heard from one member before the others have their turn
 ASIDE = ("box", "count")  # questions that are answered at once, and lend no work
+UNGUARDED = "what it says stands above; a script needs `if __name__ == '__main__':` before it trains"
 GRACE = 5.0  # seconds that a role has to close what it holds
 
 
@@ -72,6 +74,7 @@ class Member:
     works: bool = False  # whether it gives work at all
     waits_for: str = "its first turn"
     since: float = 0.0  # when it was last heard of
+    spoke: bool = False  # since its process began
     over: bool = False
     failures: int = 0  # in a row
     failed_at: int = -1  # steps of the run at the last failure
@@ -388,6 +391,8 @@ class Local:
         self._context.set_forkserver_preload(
             [main.__module__, *sorted({spec.function.__module__ for spec in graph.roles})]
         )
+        multiprocessing.util.get_temp_dir()  # one for all processes: a killed one cannot remove its own
+        _open_many_files()
         try:
             for member in self.members:
                 self._start(member)
@@ -396,12 +401,13 @@ class Local:
             return self.snapshot()
         finally:
             self._end()
+            self.members, self.words, self._boxes = [], {}, {}  # which frees the shared memory
 
     def snapshot(self) -> State:
         """The run's state once nobody is at work: what is begun is finished, nothing new is started."""
         self._paused, self._owing = True, {id(self)}
         while self._owing:
-            while not self._idle() or self._finish():
+            while self._answer_all() or not self._idle() or self._finish():
                 self._turn()
             self._owing = {id(member) for member in self.members if not member.over}
             for member in self.members:
@@ -425,18 +431,17 @@ class Local:
         return any(member.over and member.spec.ends_run for member in self.members)
 
     def _turn(self) -> None:
-        """Hear what there is to be heard, and answer what can be answered."""
+        """Answer what can be answered, and hear what there is to be heard."""
+        self._answer_all()
         at = {member.connection: member for member in self.members if not member.over}
-        for connection in wait(list(at), TICK):
-            self._listen(at[connection])  # type: ignore[index]
-        self._look_after()
-        while sum(self._answer(member, self._paused) for member in self.members):
-            pass
         if self._idle() and not self._paused and not self._ended() and not wait(list(at), 0):
             if sum(word.relent() for word in self.words.values() if hasattr(word, "relent")):
                 return
             waits = "; ".join(f"{member.name} waits for {member.waits_for}" for member in self.members)
             raise Deadlock(f"no role can go on: {waits}.")
+        for connection in wait(list(at), TICK):
+            self._listen(at[connection])  # type: ignore[index]
+        self._look_after()
 
     def _listen(self, member: Member) -> None:
         """Hear what a member says."""
@@ -447,7 +452,8 @@ class Local:
                     return
                 message = connection.recv()
             except (EOFError, OSError) as error:
-                self._revive(member, f"its process ended ({_cause(member.process)})", error)
+                hint = "" if member.spoke else f" before it began; {UNGUARDED}"
+                self._revive(member, f"its process ended ({_cause(member.process)}){hint}", error)
                 return
             try:
                 self._hear(member, *message)
@@ -462,7 +468,7 @@ class Local:
         return all(member.over or member.waiting is not None for member in self.members)
 
     def _hear(self, member: Member, kind: str, *rest: Any) -> None:
-        member.since = time.monotonic()
+        member.since, member.spoke = time.monotonic(), True
         if kind == "tell":
             word, what, args = rest
             getattr(self.words[word], f"tell_{what}")(member, *args)
@@ -499,6 +505,13 @@ class Local:
             if self.steps > member.failed_at:
                 member.failures = 0
 
+    def _answer_all(self) -> bool:
+        """Answer what can be answered, and what can be then; whether anything was."""
+        found = False
+        while sum(self._answer(member, self._paused) for member in self.members):
+            found = True
+        return found
+
     def _answer(self, member: Member, paused: bool) -> bool:
         """Answer a member's question if that can be; whether it was."""
         if member.waiting is None or (paused and member.starts):
@@ -528,7 +541,7 @@ class Local:
                 "functions importable (no lambdas or local classes), or use runtime='inline'."
             ) from error
         theirs.close()
-        member.process, member.since, member.granted = process, time.monotonic(), False
+        member.process, member.since, member.granted, member.spoke = process, time.monotonic(), False, False
 
     def _revive(self, member: Member, reason: str, error: BaseException) -> None:
         """Start a role again that has failed, and take back what it held."""
@@ -581,6 +594,15 @@ class Local:
         for member in self.members:
             if member.process is not None:
                 self._close(member, max(0.0, until - time.monotonic()))
+
+
+def _open_many_files() -> None:
+    """Each tensor of a box keeps a file open: some 30 an actor, and the usual limit is 1024."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # where there is no such limit, or no way to raise it
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _cause(process: Any) -> str:

@@ -1,6 +1,6 @@
 """Actors and a learner: actors fill unrolls, the learner learns from each once.
 
-    actor:   wait for a free slot; wait for newer weights, or take those there are; fill the slot; put it.
+    actor:   wait for newer weights (or take those there are, once there is a slot); wait for a free slot; fill it; put.
     learner: publish; get unrolls; update; release; publish ...
 
 Actors that wait for the newest weights do what is on-policy, and the run does not depend on who is faster. Those that
@@ -86,8 +86,10 @@ async def actor(role: Role, setting: Setting, weights: Weights, unrolls: Queue) 
     version = 0
     try:
         while True:
+            # Who must wait for new weights holds no slot meanwhile: another actor may be behind, and need it.
+            newer = None if plan.stale else await weights.newer_than(version)
             slot = await unrolls.slot(collector.slot)
-            version, values, steps = await (weights.latest() if plan.stale else weights.newer_than(version))
+            version, values, steps = newer or await weights.latest()
             if version != collector.version:
                 collector.load(version, values)
             valid = collector.fill(slot)

@@ -3,8 +3,9 @@
     actor:   wait for room; act with the newest weights; insert.
     learner: wait until samples are owed; sample; update; hand back priorities; publish.
 
-Nobody waits for anybody but by the ratio of samples to inserts. With the tolerance that `wire` gives it they alternate:
-one actor is then the classic loop of acting for some steps and updating for some.
+Nobody waits for anybody but by the ratio of samples to inserts. With `ahead = 0` both sides alternate: one actor is then
+the classic loop of acting for some steps and updating for some. With more, each actor may be so many unrolls ahead of
+the learner, and both sides work at once (Ape-X).
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def wire(setting: Setting, seed: int, actors: int = 1) -> Graph:
         make_store=MakeStore(setting, actors, zlib.crc32(f"{seed}/replay".encode())),
         samples_per_insert=plan.samples_per_insert,
         min_size=plan.learning_starts,
-        tolerance=plan.batch + plan.rows(lanes) * lanes * plan.samples_per_insert,
+        tolerance=plan.batch + (1 + plan.ahead * actors) * plan.rows(lanes) * lanes * plan.samples_per_insert,
         writers=actors,
         save=setting.replay.save,
     )
