@@ -35,8 +35,8 @@ RAINBOW = {"double": True, "dueling": True, "noisy": True, "n_step": 3, "alpha":
 # Horgan et al. 2018, section 4.1 and appendix C; `ahead` stands for its actors that are never held up.
 APEX = {"double": True, "dueling": True, "n_step": 3, "alpha": 0.6, "actor_priorities": True, "ahead": 2}
 APEX |= {"epsilon": 0.4, "ladder": 7.0, "batch": 512, "max_grad_norm": 40.0}
-# One pass over an unroll's lanes, clipped more widely than PPO: what older weights did is learnt from once.
-APPO = {"vtrace": True, "unrolls": 1, "epochs": 1}
+# One pass over an unroll: what older weights did is learnt from once.
+APPO = {"vtrace": True, "epochs": 1}
 
 TABLE = (
     System("ppo", "ppo:PPO", "clipped surrogate, several epochs an unroll", topology="actors_learner"),

@@ -5,8 +5,8 @@ ratio clipped so that the policy cannot leave the region in which the data still
 
 What differs from the paper: advantages are normalised in each minibatch, value and policy have separate networks on
 vector observations, weights start orthogonal, and the clip range is annealed with the learning rate, as in the
-reference implementations; value clipping and a KL stop are options. With `vtrace` (APPO, asynchronous PPO) actors do not
-wait for the learner, and V-trace (Espeholt et al. 2018) makes advantages and targets from what older weights did.
+reference implementations; value clipping and a KL stop are options. With `vtrace` (APPO, asynchronous PPO) actors do
+not wait for the learner, and V-trace (Espeholt et al. 2018) makes advantages and targets from what older weights did.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ class PPO(Algorithm):
     gamma: float = 0.99  # discount
     lam: float = 0.95  # λ of GAE, and of V-trace
     vtrace: bool = False  # instead of GAE: actors need not wait for the newest weights
-    unrolls: int = 0  # a batch, of whichever actors are first; 0 takes one of each actor
     clip: float = 0.2  # ε, range of the probability ratio
     clip_value: bool = False  # keep the value within ε of the old one
     value_coef: float = 0.5  # c₁, weight of the value loss
@@ -70,7 +69,8 @@ class PPO(Algorithm):
     @property
     def plan(self) -> OnPolicy:
         sequences = self.memory != "none"
-        return OnPolicy(self.unroll, self.epochs, self.minibatches, sequences, stale=self.vtrace, unrolls=self.unrolls)
+        count = int(self.vtrace)
+        return OnPolicy(self.unroll, self.epochs, self.minibatches, sequences, self.vtrace, count)
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritic:
         from rookery.nn.actor_critic import ActorCritic

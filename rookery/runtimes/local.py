@@ -52,7 +52,6 @@ class Box:
 
     def __init__(self, number: int, value: Any = None) -> None:
         self.number, self.value = number, value
-        self.index = 0  # of the role that filled it
         self.known_to: set[Connection] = set()
 
     def batch(self) -> Any:
@@ -92,12 +91,12 @@ class LocalQueue(InlineQueue):
 
     starts = ("slot",)
 
-    def __init__(self, runtime: Local, name: str, capacity: int) -> None:
-        super().__init__(capacity)
+    def __init__(self, runtime: Local, name: str, each: int) -> None:
+        super().__init__(each)
         self.runtime, self.name = runtime, name
 
-    async def ask_slot(self, member: Member) -> int:
-        box = await self.slot(self.runtime.box)
+    async def ask_slot(self, member: Member, index: int) -> int:
+        box = await self.slot(self.runtime.box, index)
         member.filling[box.number] = (self.name, box)
         return self.runtime.lend(member, box)
 
@@ -106,18 +105,16 @@ class LocalQueue(InlineQueue):
         member.reading.update({box.number: (self.name, box) for box in boxes})
         return [self.runtime.lend(member, box) for box in boxes]
 
-    def tell_put(self, member: Member, index: int, number: int) -> None:
-        box = member.filling.pop(number)[1]
-        box.index = index
-        self.put(index, box)
+    def tell_put(self, member: Member, number: int) -> None:
+        self.put(member.filling.pop(number)[1])
 
     def tell_release(self, member: Member, numbers: list[int]) -> None:
         self.release([member.reading.pop(number)[1] for number in numbers])
 
     def reclaim(self, filling: list[Box], reading: list[Box]) -> int:
         """Take back what a dead role held: what it read goes back to the front; gives how many units are lost."""
-        self._free.extend(filling)
-        self._filled.extendleft((box.index, box) for box in reversed(reading))
+        self.release(filling)
+        self._filled.extendleft(reversed(reading))
         return len(filling)
 
     @property
@@ -273,8 +270,12 @@ class LocalReplay(InlineReplay):
     def tell_prioritise(self, member: Member, index: np.ndarray, priorities: np.ndarray) -> None:
         self.prioritise(unpacked(index), unpacked(priorities))
 
+    def _may_write(self, writer: int) -> bool:
+        return self._overlap or super()._may_write(writer)
+
     def reclaim(self, filling: list[Box], reading: list[Box]) -> int:
-        self._free.extend(filling)
+        for box in filling:
+            self._give_back(box)
         return len(filling)
 
     def forget(self, member: Member) -> None:

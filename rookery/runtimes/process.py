@@ -95,12 +95,12 @@ class LinkedQueue:
     def __init__(self, link: Link, name: str) -> None:
         self.link, self.name = link, name
 
-    async def slot(self, make: Callable[[], Any]) -> Any:
-        number = self.link.ask(self.name, "slot")
+    async def slot(self, make: Callable[[], Any], index: int) -> Any:
+        number = self.link.ask(self.name, "slot", index)
         return self.link.boxes[number] if number in self.link.boxes else self.link.make(number, make())
 
-    def put(self, index: int, slot: Any) -> None:
-        self.link.tell(self.name, "put", index, self.link.numbers[id(slot)])
+    def put(self, slot: Any) -> None:
+        self.link.tell(self.name, "put", self.link.numbers[id(slot)])
 
     async def get(self, count: int) -> list[Any]:
         return [self.link.boxes[number] for number in self.link.ask(self.name, "get", count)]

@@ -37,11 +37,11 @@ class Published(NamedTuple):
 class Queue(Protocol):
     """Order, bounded: slots go round between those who fill them and those who empty them."""
 
-    async def slot(self, make: Callable[[], Any]) -> Any:
-        """Wait for a free slot; `make` allocates one while fewer than the capacity exist."""
+    async def slot(self, make: Callable[[], Any], index: int) -> Any:
+        """Wait for a free slot of those that the role of that index fills; `make` allocates them, so many for each."""
 
-    def put(self, index: int, slot: Any) -> None:
-        """Hand on a filled slot; `index` is the role that filled it. Never waits: the slot was waited for."""
+    def put(self, slot: Any) -> None:
+        """Hand on a filled slot. Never waits: the slot was waited for."""
 
     async def get(self, count: int) -> list[Any]:
         """Wait for `count` filled slots and take the oldest, in the order of the roles that filled them."""

@@ -10,6 +10,7 @@ the loss has to correct for (IMPALA, APPO).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -86,14 +87,12 @@ async def actor(role: Role, setting: Setting, weights: Weights, unrolls: Queue) 
     version = 0
     try:
         while True:
-            # Who must wait for new weights holds no slot meanwhile: another actor may be behind, and need it.
-            newer = None if plan.stale else await weights.newer_than(version)
-            slot = await unrolls.slot(collector.slot)
-            version, values, steps = newer or await weights.latest()
+            slot = await unrolls.slot(collector.slot, role.index)
+            version, values, steps = await (weights.latest() if plan.stale else weights.newer_than(version))
             if version != collector.version:
                 collector.load(version, values)
             valid = collector.fill(slot)
-            unrolls.put(role.index, slot)
+            unrolls.put(slot)
             if crosses(collector.steps - valid, collector.steps, setting.log_every) and collector.returns:
                 role.report(steps + valid * (not plan.stale), collector.episodes())
     finally:
@@ -156,7 +155,8 @@ def wire(setting: Setting, seed: int, actors: int = 1) -> Graph:
     weights = graph.word("weights", "weights")
     plan = setting.unroll_plan
     count = plan.unrolls or actors
-    unrolls = graph.word("queue", "unrolls", capacity=actors + count if plan.stale else actors)
+    # One unroll of each actor, or one to fill while the learner has one, and as many as a batch takes.
+    unrolls = graph.word("queue", "unrolls", each=1 + math.ceil(count / actors) if plan.stale else 1)
     for index in range(actors):
         graph.role(actor, index, setting=setting, weights=weights, unrolls=unrolls)
     graph.role(learner, setting=setting, count=count, weights=weights, unrolls=unrolls, ends_run=True)

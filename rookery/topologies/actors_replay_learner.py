@@ -3,9 +3,9 @@
     actor:   wait for room; act with the newest weights; insert.
     learner: wait until samples are owed; sample; update; hand back priorities; publish.
 
-Nobody waits for anybody but by the ratio of samples to inserts. With `ahead = 0` both sides alternate: one actor is then
-the classic loop of acting for some steps and updating for some. With more, each actor may be so many unrolls ahead of
-the learner, and both sides work at once (Ape-X).
+Nobody waits for anybody but by the ratio of samples to inserts. With `ahead = 0` both sides alternate: one actor is
+then the classic loop of acting for some steps and updating for some. With more, each actor may be so many unrolls ahead
+of the learner, and both sides work at once (Ape-X).
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ def wire(setting: Setting, seed: int, actors: int = 1) -> Graph:
         tolerance=plan.batch + (1 + plan.ahead * actors) * plan.rows(lanes) * lanes * plan.samples_per_insert,
         writers=actors,
         save=setting.replay.save,
+        overlap=plan.ahead > 0,
     )
     for index in range(actors):
         graph.role(actor, index, setting=setting, actors=actors, weights=weights, replay=replay)

@@ -51,11 +51,11 @@ async def player(role: Any, weights: Any, queue: Any) -> None:
     version = 0
     while True:
         version, values, _ = await weights.newer_than(version)
-        slot = await queue.slot(Slot)
+        slot = await queue.slot(Slot, role.index)
         assert (values["w"] == version).all(), "torn"
         slot.rows[:, 0] = role.index
         slot.rows[:, 1] = version
-        queue.put(role.index, slot)
+        queue.put(slot)
 
 
 async def learner(role: Any, weights: Any, queue: Any, players: int, until: int) -> None:
@@ -88,7 +88,7 @@ async def watcher(role: Any, weights: Any) -> None:
 def in_step(players: int, until: int) -> Graph:
     graph = Graph(0)
     weights = graph.word("weights", "weights")
-    queue = graph.word("queue", "queue", capacity=players)
+    queue = graph.word("queue", "queue", each=1)
     for index in range(players):
         graph.role(player, index, weights=weights, queue=queue)
     graph.role(learner, weights=weights, queue=queue, players=players, until=until, ends_run=True)

@@ -79,10 +79,10 @@ async def filler(role: Any, queue: Any, count: int) -> None:
         return Slot(LARGE)
 
     for number in range(count):
-        slot = await queue.slot(make)
+        slot = await queue.slot(make, role.index)
         slot.values[0] = role.index
         slot.values[1:] = number
-        queue.put(role.index, slot)
+        queue.put(slot)
 
 
 async def emptier(role: Any, queue: Any, each: int, gets: int) -> None:
@@ -105,9 +105,9 @@ async def paced(role: Any, queue: Any, weights: Any) -> None:
     version = 0
     while True:
         version = (await weights.newer_than(version)).version
-        slot = await queue.slot(Slot)
+        slot = await queue.slot(Slot, role.index)
         slot.values[:] = torch.tensor([role.index, version])
-        queue.put(role.index, slot)
+        queue.put(slot)
 
 
 # Weights
@@ -209,7 +209,7 @@ async def client(role: Any, calls: Any, done: Any, count: int) -> None:
         answer = await calls.ask([role.index, number])
         assert answer == [role.index, number, "answered"]
     role.report(count, {"answers": count})
-    done.put(role.index, await done.slot(Slot))
+    done.put(await done.slot(Slot, role.index))
 
 
 async def server(role: Any, calls: Any, most: int) -> None:
@@ -257,11 +257,11 @@ async def careful(role: Any, weights: Any, folder: Path) -> None:
 async def counting(role: Any, queue: Any, until: int) -> None:
     part = role.keep(Counter())
     while part.count < until:
-        slot = await queue.slot(Slot)
+        slot = await queue.slot(Slot, role.index)
         part.count += 1
         role.report(part.count, {"count": part.count})
         role.advance(part.count)
-        queue.put(role.index, slot)
+        queue.put(slot)
 
 
 async def collecting(role: Any, queue: Any) -> None:
