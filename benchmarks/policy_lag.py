@@ -14,7 +14,7 @@ from common import begin, child, finish, interleaved, machine, parser, table
 LAGS = (0, 4, 16, 64)
 LR = 1e-3  # smaller than the recipe's: what a lag of some updates means depends on it
 NOTES = """The actor acts with the weights of so many updates ago (as many as there are, at the start); everything else
-is equal: the recipe of `rookery train impala CartPole-v1` but a step size of 0.001, inline, one actor with all lanes. A cell is the mean over
+is equal: the recipe of `rookery train impala CartPole-v1` but a step size of 0.001, inline. A cell is the mean over
 seeds of the return of 20 greedy episodes with the last weights, with each seed's. Espeholt et al. 2018, section 5.2.2,
 compare the same two losses."""
 

@@ -149,7 +149,7 @@ class Keeper:
         self._seconds = 0.0 if saved is None else saved["seconds"]
         self._began, self._asked, self._last = time.monotonic(), 0.0, (self._seconds, self.step)
         log = MetricsLog(run.folder.metrics)
-        log.truncate_after(self.step)
+        log.truncate_after(self.step, None if saved is None else saved["recorder"].get("rows"))
         sinks = [open_sink(name, run.folder.path, run.config, self.step) for name in options.sinks]
         self.recorder = Recorder(log, sinks, Progress(options.steps, quiet, self.step))
         if saved is not None:
