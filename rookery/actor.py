@@ -29,11 +29,25 @@ class Unroll:
         self.buffer = buffer
         self.records = records  # whether acting gives more than actions, which the row to bootstrap from needs too
         self.state_in = state.clone()  # [B, S] recurrent state before row 0
-        self.version = 0  # weights version that acted
+        self.version = torch.zeros((), dtype=torch.int64)  # of the weights that acted
+        self.priority: Tensor | None = None  # [T, B] of the rows in replay, where the algorithm gives them
 
     def batch(self) -> dict[str, Obs]:
         """The rows by name, `[T+1, B, ...]`, and the recurrent `state` before row 0, `[B, S]`."""
-        return {**self.buffer.storage, "state": self.state_in}
+        more = {} if self.priority is None else {"priority": self.priority}
+        return {**self.buffer.storage, "state": self.state_in, **more}
+
+    def state(self) -> dict[str, Any]:
+        """All that is in it."""
+        rows = {name: value if isinstance(value, Tensor) else value.to_dict() for name, value in self.batch().items()}
+        return {"rows": rows, "version": self.version}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Hold what was in the one that `state()` was taken of."""
+        self.version.copy_(state["version"])
+        for name, value in self.batch().items():
+            saved = state["rows"][name]
+            value.copy_(saved) if isinstance(value, Tensor) else value.update_(saved)
 
 
 class Collector:
@@ -63,6 +77,7 @@ class Collector:
         self.generator = torch.Generator(env.device).manual_seed(seed)
         self.returns: list[float] = []  # of the episodes that ended since they were last taken
         self.lengths: list[int] = []
+        self.steps = 0  # valid ones so far
         self._flat, self.version = flat(algorithm, self.net), 0
         self._bf16 = bf16
         self._tensor_env = env.innermost if isinstance(env.innermost, TensorEnv) else None
@@ -105,7 +120,9 @@ class Collector:
             **{name: floats.bool() for name in ("terminated", "truncated", "valid", "start")},
             **acted.record,
         }
-        return Unroll(UnrollBuffer(row, self.T), self._state, bool(acted.record))
+        unroll = Unroll(UnrollBuffer(row, self.T), self._state, bool(acted.record))
+        unroll.priority = self.algorithm.priorities(unroll.batch())
+        return unroll
 
     @torch.no_grad()
     def fill(self, unroll: Unroll, scale: Tensor | float = 1.0) -> int:
@@ -128,8 +145,12 @@ class Collector:
         if unroll.records:  # these lanes act again, with newer weights: this is for the record alone
             rest |= self._choose(self._obs, self._state, noise[-1]).record
         unroll.buffer.write({name: [value] for name, value in rest.items()}, self.T)
-        unroll.version = self.version
-        return self._account(unroll.buffer, raw)
+        unroll.version.fill_(self.version)
+        valid = self._account(unroll.buffer, raw)
+        priorities = self.algorithm.priorities(unroll.batch())
+        if unroll.priority is not None and priorities is not None:
+            unroll.priority.copy_(priorities)
+        return valid
 
     def _collect(self, noise: Sequence[Tensor], ahead: Sequence[Tensor]) -> dict[str, list[Obs]]:
         """As many rows as there is noise, by name; leaves the lanes where the last row led."""
@@ -170,7 +191,9 @@ class Collector:
         if ended.any():
             self.returns += sums[:, 0][ended].tolist()
             self.lengths += [int(length) for length in sums[:, 1][ended].tolist()]
-        return int(rows["valid"].sum())
+        valid = int(rows["valid"].sum())
+        self.steps += valid
+        return valid
 
     def episodes(self) -> dict[str, Any]:
         """The episodes that ended since the last call: their number, mean return and length, and each return."""
@@ -188,6 +211,7 @@ class Collector:
     def state(self) -> dict[str, Any]:
         """All that decides the next unroll but the weights; without the environment's, where it cannot save its own."""
         own = {"noise": self.generator.get_state(), "returns": self.returns, "lengths": self.lengths}
+        own["steps"] = self.steps
         if not self.env.spec.saves_state:
             return own
         lanes = {"state": self._state, "start": self._start, "ended": self._ended, "sums": self._sums}
@@ -198,6 +222,7 @@ class Collector:
         """Go on from where `state()` was taken; the lanes begin new episodes where the environment was not saved."""
         self.generator.set_state(state["noise"])
         self.returns, self.lengths = list(state["returns"]), list(state["lengths"])
+        self.steps = state.get("steps", 0)
         if "lanes" not in state:
             return
         self.env.load_state(state["env"])

@@ -30,7 +30,7 @@ class Options:
     envs: int = 8  # lanes of each actor
     seed: int = 0  # of environments, networks, exploration and shuffling
     actors: int = 1  # each with its own lanes
-    runtime: Literal["inline"] = "inline"  # where the roles run
+    runtime: Literal["inline", "local"] = "inline"  # where the roles run: in turn in this process, or each in its own
     device: str = "auto"  # "auto" takes a GPU if there is one
     precision: Literal["auto", "float32", "bf16"] = "auto"  # of encoders; "auto" takes bf16 for images where it is fast
     compile: bool = False  # torch.compile for acting and loss: faster, but tens of seconds to begin with

@@ -32,15 +32,23 @@ class System:
 
 
 RAINBOW = {"double": True, "dueling": True, "noisy": True, "n_step": 3, "alpha": 0.5}  # Hessel et al. 2018, table 1
+# Horgan et al. 2018, section 4.1 and appendix C; `ahead` stands for its actors that are never held up.
+APEX = {"double": True, "dueling": True, "n_step": 3, "alpha": 0.6, "actor_priorities": True, "ahead": 2}
+APEX |= {"epsilon": 0.4, "ladder": 7.0, "batch": 512, "max_grad_norm": 40.0}
+# One pass over an unroll: what older weights did is learnt from once.
+APPO = {"vtrace": True, "epochs": 1}
 
 TABLE = (
     System("ppo", "ppo:PPO", "clipped surrogate, several epochs an unroll", topology="actors_learner"),
     System("a2c", "a2c:A2C", "one policy-gradient step an unroll", topology="actors_learner"),
+    System("impala", "impala:IMPALA", "actors that never wait, corrected by V-trace", topology="actors_learner"),
+    System("appo", "ppo:PPO", "PPO whose actors never wait, corrected by V-trace", APPO, "actors_learner"),
     System("dqn", "dqn:DQN", "Q-learning from replay, with later papers' parts as settings"),
     System("c51", "c51:C51", "the distribution of returns on fixed atoms"),
     System("qr_dqn", "qr_dqn:QRDQN", "the distribution of returns by fixed quantiles"),
     System("iqn", "iqn:IQN", "the distribution of returns by sampled quantiles"),
     System("rainbow", "c51:C51", "C51, double, dueling, noisy, prioritised, three-step", RAINBOW),
+    System("apex", "dqn:DQN", "many actors on a ladder of ε, one prioritised replay, one learner", APEX),
     System("ddpg", "ddpg:DDPG", "a deterministic policy up the gradient of Q"),
     System("td3", "td3:TD3", "DDPG with twin critics, smoothed targets, a delayed policy"),
     System("sac", "sac:SAC", "twin critics and a policy of high entropy, continuous or discrete"),

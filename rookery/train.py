@@ -21,6 +21,7 @@ from rookery.runs.progress import Progress
 from rookery.runs.recorder import Recorder
 from rookery.runs.sinks import open_sink
 from rookery.runtimes.inline import Inline
+from rookery.runtimes.local import Local
 from rookery.settings import EnvLike, Options, env_name, resolve
 from rookery.systems import SYSTEMS, find
 from rookery.topologies.actors_learner import ReplaySetting, Setting, crosses
@@ -126,7 +127,10 @@ def execute(run: Run, name: str, options: Options, quiet: bool = False, saved: d
     graph = import_module(f"rookery.topologies.{topology}").wire(setting, options.seed, options.actors)
     try:
         with threads(options.threads), Keeper(run, options, quiet, saved) as keeper:
-            state = Inline(keeper.report).run(graph, keeper.between, None if saved is None else saved["run"])
+            runtime = (
+                Inline(keeper.report) if options.runtime == "inline" else Local(keeper.report, threads=options.threads)
+            )
+            state = runtime.run(graph, keeper.between, None if saved is None else saved["run"])
             keeper.finish(state)
     finally:
         shutil.rmtree(run.path / REPLAY, ignore_errors=True)  # memory, not data: checkpoints have what is to be kept
@@ -145,7 +149,7 @@ class Keeper:
         self._seconds = 0.0 if saved is None else saved["seconds"]
         self._began, self._asked, self._last = time.monotonic(), 0.0, (self._seconds, self.step)
         log = MetricsLog(run.folder.metrics)
-        log.truncate_after(self.step)
+        log.truncate_after(self.step, None if saved is None else saved["recorder"].get("rows"))
         sinks = [open_sink(name, run.folder.path, run.config, self.step) for name in options.sinks]
         self.recorder = Recorder(log, sinks, Progress(options.steps, quiet, self.step))
         if saved is not None:
@@ -198,6 +202,7 @@ class Keeper:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a checkpoint, scored by the last evaluation."""
+        self.step = state["steps"]  # roles that are not in this process finish what they are at, and come further
         replay = state["words"].get("replay", {}).pop("store", None)
         kept = {"run": state, "recorder": self.recorder.state(), "steps": self.step, "seconds": self.seconds()}
         self.run.checkpoints.save(self.step, kept, self.recorder.summary()["eval_return_mean"], replay)
@@ -205,6 +210,7 @@ class Keeper:
 
     def finish(self, state: dict[str, Any]) -> None:
         """The last checkpoint, the last evaluation, the summary and the pictures."""
+        self.step = state["steps"]
         if self._saved_at != self.step:
             self.save(state)
         run, options, seconds = self.run, self.options, self.seconds()

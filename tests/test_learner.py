@@ -15,6 +15,7 @@ from torch import Tensor
 from rookery.actor import Collector
 from rookery.algorithms.a2c import A2C
 from rookery.algorithms.base import Algorithm, Batch, Loss, Now, OnPolicy
+from rookery.algorithms.impala import IMPALA
 from rookery.algorithms.ppo import PPO
 from rookery.envs.make import make_env
 from rookery.estimators import valid_mean
@@ -156,6 +157,54 @@ def test_a2c_is_ppo_with_one_pass(env: str, memory: Any) -> None:
     found, expected = gradient(a2c, net, ours), gradient(ppo, net, theirs)
     assert expected.norm() > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+# IMPALA and APPO
+
+
+@pytest.mark.parametrize("memory", ["none", "lstm"])
+@pytest.mark.parametrize("env", ENVS)
+def test_impala_is_a2c_on_its_own_data(env: str, memory: Any) -> None:
+    """Without lag every ratio is 1, and V-trace's targets are n-step returns (Espeholt et al. 2018, remark 1)."""
+    shared = {**SMALL, "memory": memory, "memory_size": 8, "entropy_coef": 0.02, "value_coef": 0.7}
+    impala, a2c = IMPALA(**shared), A2C(**shared, lam=1.0)
+    net, unroll = collected(impala, env)
+    with torch.no_grad():
+        unroll["value"] = net(unroll["obs"], unroll["state"], unroll["start"])[0].value
+    found, expected = (
+        gradient(impala, net, prepared(impala, net, unroll)),
+        gradient(a2c, net, prepared(a2c, net, unroll)),
+    )
+    assert expected.norm() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("correction", ["vtrace", "none"])
+def test_impala_weighs_what_older_weights_did(correction: Any) -> None:
+    """The policy's gradient is ρ (r + γv' − V) ∇log π, with ρ = min(1, π/μ), by hand on one step of three lanes."""
+    impala = IMPALA(correction=correction, value_coef=0.0, entropy_coef=0.0, gamma=0.5)
+    log_prob, value = torch.zeros(2, 3, requires_grad=True), torch.tensor([[1.0, 1.0, 1.0], [4.0, 4.0, 4.0]])
+    none = torch.zeros(1, 3, dtype=torch.bool)
+    batch = {"obs": value, "action": value, "state": value, "start": value, "reward": torch.full((1, 3), 2.0)}
+    batch |= {"valid": ~none, "truncated": none, "terminated": torch.tensor([[False, False, True]])}
+    batch["log_prob"] = torch.tensor([[0.5, 2.0, 1.0]]).log()  # μ, while π = 1
+    policy = SimpleNamespace(log_prob=lambda action: log_prob, entropy=lambda: torch.zeros(2, 3))
+    impala.loss(lambda *_: ((policy, value), None), None, batch, NOW).loss.backward()
+    rho = torch.tensor([1.0, 0.5, 1.0]) if correction == "vtrace" else torch.ones(3)
+    advantage = rho * torch.tensor([2 + 0.5 * 4 - 1, 2 + 0.5 * 4 - 1, 2.0 - 1])
+    torch.testing.assert_close(log_prob.grad, torch.stack([-advantage / 3, torch.zeros(3)]))
+
+
+@pytest.mark.parametrize("memory", ["none", "lstm"])
+@pytest.mark.parametrize("env", ENVS)
+def test_appo_is_ppo_on_its_own_data(env: str, memory: Any) -> None:
+    shared = {**SMALL, "memory": memory, "memory_size": 8, "lam": 1.0}
+    appo, ppo = PPO(**shared, vtrace=True), PPO(**shared)
+    net, unroll = collected(appo, env)
+    ours, theirs = prepared(appo, net, unroll), prepared(ppo, net, unroll)
+    valid = ours["valid"]
+    for name in ("advantage", "target", "value"):
+        torch.testing.assert_close(ours[name][valid], theirs[name][valid], rtol=1e-4, atol=1e-4)
 
 
 # Rows that no action was applied in

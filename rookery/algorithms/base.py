@@ -36,6 +36,7 @@ __all__ = [
     "sampled",
     "scaled_reward",
     "update_norms",
+    "with_last",
 ]
 
 Batch = dict[str, Any]  # what a loss reads: tensors (structured observations: TensorDicts) with equal leading dims
@@ -151,6 +152,10 @@ class Algorithm:
         """Choose actions for B lanes; without `explore`, greedy ones."""
         raise NotImplementedError
 
+    def priorities(self, unroll: Batch) -> Tensor | None:
+        """What the rows of an unroll enter prioritised replay with, `[T, B]`; None for the highest priority so far."""
+        return None
+
     def prepare(self, net: Any, unroll: Batch) -> Batch:
         """Once per batch of unrolls `[T+1, B]`, without gradient: advantages, targets. Gives `[T, B, ...]` tensors.
 
@@ -198,6 +203,14 @@ def scaled_reward(net: Any, unroll: Batch) -> Tensor:
     """The reward `[T, B]`, divided by the running deviation of the discounted return if the network keeps one."""
     reward = unroll["reward"][:-1]
     return reward if net.return_norm is None else net.return_norm.scale(reward)
+
+
+def with_last(action: Obs) -> Obs:
+    """Actions `[T+1, B, ...]` of an unroll, whose last row has none, with that of the row before there instead.
+
+    For asking a network about all rows at once; what it says of the last action means nothing.
+    """
+    return torch.cat([action[:-1], action[-2:-1]])
 
 
 def update_norms(net: Any, unroll: Batch) -> None:

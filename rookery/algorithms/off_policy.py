@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rookery.algorithms.base import Acted, Algorithm, Batch, Explore, Loss, Refused, ReplayPlan, Target
 from rookery.envs.spec import mask_of
+from rookery.estimators import n_step
 from rookery.nn.adam import Adam, Optimizer
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class OffPolicy(Algorithm):
     target_period: int = 1  # updates between moves of the target network
     tau: float = 0.005  # share by which it moves; 1 copies
     max_grad_norm: float | None = None  # global norm of the gradient
+    ahead: int = 0  # unrolls that each actor may be ahead of the learner; 0 takes turns
     hindsight: float = 0.0  # share of samples whose goal is one reached later (Andrychowicz et al. 2017: 0.8)
     hidden: tuple[int, ...] = (256, 256)  # units of the MLPs' layers
     activation: Literal["tanh", "relu", "silu"] = "relu"  # of those layers
@@ -65,6 +67,7 @@ class OffPolicy(Algorithm):
             self.alpha,
             self.beta,
             unroll=self.unroll,
+            ahead=self.ahead,
             hindsight=self.hindsight,
         )
 
@@ -103,6 +106,8 @@ class QLearning(OffPolicy):
     epsilon: float = 0.05  # ε in the end
     epsilon_start: float = 1.0  # ε when learning starts; before that it is 1
     epsilon_steps: int = 50_000  # steps over which it falls
+    ladder: float = 0.0  # α: of N lanes, lane i keeps ε^(1 + α·i/(N−1)) throughout (Horgan et al. 2018: 7)
+    actor_priorities: bool = False  # rows enter replay by their own error, not by the highest priority (the same)
     anneal: bool = False  # the learning rate falls linearly to 0 over the run
 
     @property
@@ -117,15 +122,29 @@ class QLearning(OffPolicy):
     def learning_rate(self, remaining: float) -> float:
         return self.lr * remaining if self.anneal else self.lr
 
-    def exploration(self, steps: int, place: Tensor) -> float:
+    def exploration(self, steps: int, place: Tensor) -> Tensor | float:
         since = steps - self.learning_starts
         if self.noisy or since < 0:
             return float(since < 0)
+        if self.ladder:
+            return self.epsilon ** (1 + self.ladder * place)
         return scheduled(since, self.epsilon_start, self.epsilon, self.epsilon_steps)
 
     def act(self, net: QNet, obs: Obs, state: Tensor, explore: Explore | None) -> Acted:
+        mask = mask_of(obs)
         values = net.values(obs, None if explore is None else net.layer_noise(explore.noise))
-        return Acted(epsilon_greedy(values, mask_of(obs), explore), {}, state)
+        action = epsilon_greedy(values, mask, explore)
+        if not self.actor_priorities or explore is None:
+            return Acted(action, {}, state)
+        return Acted(action, {"q": of_action(values, action), "best": allowed_only(values, mask).amax(-1)}, state)
+
+    def priorities(self, unroll: Batch) -> Tensor | None:
+        """|Gₜ − Q(sₜ, aₜ)| by the actor's own network, Gₜ the n-step return that ends in its best value."""
+        if not self.actor_priorities:
+            return None
+        terminated, truncated = unroll["terminated"][:-1], unroll["truncated"][:-1]
+        row = (unroll["reward"][:-1], unroll["best"][1:], terminated, terminated | truncated)
+        return (n_step(*row, self.gamma, self.n_step) - unroll["q"][:-1]).abs()
 
     def noise(self, net: QNet, batch: Batch, generator: torch.Generator) -> Batch:
         names = ("noise", "target_noise", "next_noise") if self.double else ("noise", "target_noise")

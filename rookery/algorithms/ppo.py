@@ -5,7 +5,8 @@ ratio clipped so that the policy cannot leave the region in which the data still
 
 What differs from the paper: advantages are normalised in each minibatch, value and policy have separate networks on
 vector observations, weights start orthogonal, and the clip range is annealed with the learning rate, as in the
-reference implementations; value clipping and a KL stop are options.
+reference implementations; value clipping and a KL stop are options. With `vtrace` (APPO, asynchronous PPO) actors do
+not wait for the learner, and V-trace (Espeholt et al. 2018) makes advantages and targets from what older weights did.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from rookery.algorithms.base import (
     OnPolicy,
     scaled_reward,
     update_norms,
+    with_last,
 )
-from rookery.estimators import gae, valid_mean
+from rookery.estimators import Limits, gae, valid_mean, vtrace
 from rookery.nn.adam import Adam, Optimizer
 
 if TYPE_CHECKING:
@@ -49,7 +51,8 @@ class PPO(Algorithm):
     lr: float = 2.5e-4  # Adam's step size (Table 5)
     anneal: bool = True  # learning rate and clip range fall linearly to 0 over the run (Table 5)
     gamma: float = 0.99  # discount
-    lam: float = 0.95  # λ of GAE
+    lam: float = 0.95  # λ of GAE, and of V-trace
+    vtrace: bool = False  # instead of GAE: actors need not wait for the newest weights
     clip: float = 0.2  # ε, range of the probability ratio
     clip_value: bool = False  # keep the value within ε of the old one
     value_coef: float = 0.5  # c₁, weight of the value loss
@@ -65,7 +68,9 @@ class PPO(Algorithm):
 
     @property
     def plan(self) -> OnPolicy:
-        return OnPolicy(self.unroll, self.epochs, self.minibatches, sequences=self.memory != "none")
+        sequences = self.memory != "none"
+        count = int(self.vtrace)
+        return OnPolicy(self.unroll, self.epochs, self.minibatches, sequences, self.vtrace, count)
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritic:
         from rookery.nn.actor_critic import ActorCritic
@@ -83,9 +88,17 @@ class PPO(Algorithm):
     def prepare(self, net: ActorCritic, unroll: Batch) -> Batch:
         value, reward = unroll["value"], scaled_reward(net, unroll)
         terminated, truncated = unroll["terminated"][:-1], unroll["truncated"][:-1]
-        advantage = gae(reward, value[:-1], value[1:], terminated, terminated | truncated, self.gamma, self.lam)
+        ended = terminated | truncated
         kept = {name: unroll[name][:-1] for name in ("obs", "action", "log_prob", "value", "valid", "start")}
-        return {**kept, "advantage": advantage, "target": advantage + value[:-1], "state": unroll["state"]}
+        kept["state"] = unroll["state"]
+        if self.vtrace:
+            (policy, value), _ = net(unroll["obs"], unroll["state"], unroll["start"])
+            log_rho = policy.log_prob(with_last(unroll["action"]))[:-1] - kept["log_prob"]
+            now = (value[:-1], value[1:], terminated, ended, self.gamma)
+            target, advantage = vtrace(log_rho, reward, *now, Limits(self.lam))
+            return {**kept, "value": value[:-1], "advantage": advantage, "target": target}
+        advantage = gae(reward, value[:-1], value[1:], terminated, ended, self.gamma, self.lam)
+        return {**kept, "advantage": advantage, "target": advantage + value[:-1]}
 
     def loss(self, net: ActorCritic, target: None, batch: Batch, now: Now) -> Loss:
         valid, clip = batch["valid"], self.clip * now.remaining if self.anneal else self.clip

@@ -21,6 +21,8 @@ class OnPolicy:
     epochs: int = 1  # passes over the unrolls
     minibatches: int = 1  # updates an epoch
     sequences: bool = False  # minibatches are whole lanes, in order of time, for recurrent networks
+    stale: bool = False  # the loss corrects for older weights: actors go on with those there are, and wait for none
+    unrolls: int = 0  # a batch, of whichever actors are first; 0 takes one of each actor
 
     def __post_init__(self) -> None:
         for name in ("unroll", "epochs", "minibatches"):
@@ -58,6 +60,7 @@ class ReplayPlan:
     sequence: int = 0  # T, steps of a sequence; 0 samples transitions
     overlap: int = 0  # steps that a sequence shares with the one before it
     unroll: int = 0  # T, steps of a lane between rounds of updates; 0 takes the fewest that an update is owed for
+    ahead: int = 0  # unrolls that each actor may be ahead of the learner; 0 takes turns
     hindsight: float = 0.0  # share of samples whose goal is one the episode reached later
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from rookery.envs.vector import Obs
 __all__ = ["ReplayBuffer", "check_priorities"]
 
 NEEDED = ("obs", "action", *FLAGS)
-DROPPED = ("discounted_return", "raw_reward", "start")  # of an unroll, but not of replay
+DROPPED = ("discounted_return", "raw_reward", "start", "q", "best", "priority")  # of an unroll, but not of replay
 ENTERING = ("replay", "entering")  # priority that a row gets when it can first be drawn
 
 Looks = dict[Key, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of what is stored in a cell
@@ -99,7 +99,7 @@ class ReplayBuffer:
 
     # Writing.
 
-    def insert(self, rows: Mapping[str, Any], writer: int = 0, priorities: Tensor | None = None) -> int:
+    def insert(self, rows: Mapping[str, Any], writer: int = 0) -> int:
         """Store an unroll: of `obs` all T+1 rows `[T+1, B, ...]`, of other columns the first T.
 
         The last observation is the true next one after row T−1, and the first of this writer's next insert. If that
@@ -107,8 +107,8 @@ class ReplayBuffer:
         were running count as truncated.
 
         Args:
-            rows: obs, action, reward, terminated, truncated, valid, and what else the algorithm recorded.
-            priorities: of the rows, `[T, B]`; without, they get the largest so far.
+            rows: obs, action, reward, terminated, truncated, valid, and what else the algorithm recorded. `priority`
+                `[T, B]` is what rows can be drawn by at first; without, it is the largest so far.
 
         Returns:
             The number of valid rows.
@@ -121,7 +121,7 @@ class ReplayBuffer:
             raise ValueError(f"there is no writer {writer}; this buffer has writers 0 to {self.writers - 1}.")
         rows = {name: value.to(self.device) for name, value in rows.items()}
         columns = self._columns_of(rows)
-        valid = columns["valid",]
+        valid, priorities = columns["valid",], rows.get("priority")
         if priorities is not None:
             check_priorities(priorities, valid, valid.shape)
         first = self._counts.tolist()[writer][0]

@@ -65,12 +65,23 @@ class MetricsLog:
                 self._file.truncate(end)
             raise self._unwritable(error) from error
 
-    def truncate_after(self, step: int) -> None:
-        """Drop every row later than `step`, as a resume from the checkpoint at `step` must: it will write them again.
+    def rows(self) -> int:
+        """How many there are."""
+        return sum(1 for _ in _lines(self.path))
+
+    def truncate_after(self, step: int, rows: int | None = None) -> None:
+        """Drop what came after the checkpoint at `step`, as a resume from there must: it will write that again.
+
+        That is every row later than `step`, and every row but the first `rows`, if that is known: asynchronous roles
+        write rows of earlier steps. Evaluations of the checkpoint itself stay.
 
         Raises MetricsError; the log is then as it was.
         """
-        kept = [line for line, row in _lines(self.path) if row["step"] <= step]
+        kept = [
+            line
+            for number, (line, row) in enumerate(_lines(self.path))
+            if row["step"] <= step and (rows is None or number < rows or row.get("role") == "evaluator")
+        ]
         try:
             write_text(self.path, b"".join(kept).decode())
             replaced = self.path.open("ab", buffering=0)

@@ -70,6 +70,7 @@ class Recorder:
             "returns": list(self._returns),
             "evaluation": dict(self._evaluation),
             "steps": dict(self.steps),
+            "rows": self.log.rows(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:

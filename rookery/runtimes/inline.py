@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import types
 import zlib
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator
 from typing import Any
 
 from rookery.runtimes.limiter import RateLimiter
 from rookery.runtimes.words import Graph, Part, Published, RoleSpec, Stateful, WordSpec
 
-__all__ = ["Deadlock", "Inline", "RoleError"]
+__all__ = ["Deadlock", "Inline", "RoleError", "role_seed", "until"]
 
 State = dict[str, Any]
 
@@ -36,52 +36,48 @@ def until(ready: Callable[[], bool], what: str) -> Generator[tuple[str, bool], N
         done = False
 
 
-class Line:
-    """First come, first served: else the role with the first turn of a round would take everything."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[object] = deque()
-
-    async def until(self, ready: Callable[[], bool], what: str) -> None:
-        ticket = object()
-        self._waiting.append(ticket)
-        await until(lambda: self._waiting[0] is ticket and ready(), what)
-        self._waiting.popleft()
-
-
 class InlineQueue:
     """`Queue` within one process: slots are handed on by reference."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self._made, self._line = capacity, 0, Line()
-        self._free: list[Any] = []
+    def __init__(self, each: int) -> None:
+        self.each = each
+        self._made: Counter[int] = Counter()  # slots of each role that fills
+        self._free: dict[int, list[Any]] = defaultdict(list)
+        self._owner: dict[int, int] = {}  # of a slot by its identity
         self._filled: deque[Any] = deque()
+        self._saved: list[State] = []  # of slots that were filled when the run was saved
 
-    async def slot(self, make: Callable[[], Any]) -> Any:
-        await self._line.until(lambda: bool(self._free) or self._made < self.capacity, "a free slot")
-        if self._free:
-            return self._free.pop()
-        self._made += 1
-        return make()
+    async def slot(self, make: Callable[[], Any], index: int) -> Any:
+        while self._saved:
+            saved, slot = self._saved.pop(0), make()
+            slot.load_state(saved["slot"])
+            self.put(self._own(slot, saved["index"]))
+        await until(lambda: bool(self._free[index]) or self._made[index] < self.each, "a free slot")
+        return self._free[index].pop() if self._free[index] else self._own(make(), index)
 
-    def put(self, index: int, slot: Any) -> None:
-        self._filled.append(slot)  # roles take turns in order of their index, so the order is theirs
+    def _own(self, slot: Any, index: int) -> Any:
+        self._made[index] += 1
+        self._owner[id(slot)] = index
+        return slot
+
+    def put(self, slot: Any) -> None:
+        self._filled.append(slot)
 
     async def get(self, count: int) -> list[Any]:
         await until(lambda: len(self._filled) >= count, f"{count} filled slots (there are {len(self._filled)})")
-        return [self._filled.popleft() for _ in range(count)]
+        return sorted((self._filled.popleft() for _ in range(count)), key=lambda slot: self._owner[id(slot)])
 
     def release(self, slots: list[Any]) -> None:
-        self._free.extend(slots)
+        for slot in slots:
+            self._free[self._owner[id(slot)]].append(slot)
 
     def state(self) -> State:
-        return {str(i): slot.state() for i, slot in enumerate(self._filled)}
+        filled = enumerate(self._filled)
+        return {str(place): {"index": self._owner[id(slot)], "slot": slot.state()} for place, slot in filled}
 
     def load_state(self, state: State) -> None:
-        if state:
-            raise RuntimeError(
-                f"the checkpoint holds {len(state)} unrolls on their way, which inline never leaves behind"
-            )
+        """What was on its way is back once the first slot is asked for, which says how one is made."""
+        self._saved = [state[str(place)] for place in range(len(state))]
 
 
 class InlineWeights:
@@ -108,6 +104,7 @@ class InlineReplay:
     """`Replay` within one process, over any store with `insert`, `sample`, `prioritise`, `state` and `load_state`.
 
     While the store has nothing to sample (its `len` is 0: no episode has ended yet, say), writers go on past the ratio.
+    With `overlap` they need not insert in turn; inline they do, so that runs repeat.
     """
 
     def __init__(
@@ -118,33 +115,51 @@ class InlineReplay:
         tolerance: float,
         writers: int = 1,
         save: bool = True,
+        overlap: bool = False,
     ) -> None:
         self.store, self.limiter = make_store(), RateLimiter(samples_per_insert, min_size, tolerance)
-        self._turn, self._writers, self._save = 0, writers, save
+        self._turn, self._writers, self._save, self._overlap = 0, writers, save, overlap
+        self._free: list[Any] = []
+        self._promised: dict[int, int] = {}  # items to come, by the slot's identity
 
     @property
     def inserts(self) -> int:
         return self.limiter.inserts
 
-    async def room(self, items: int, writer: int = 0) -> None:
+    async def slot(self, make: Callable[[], Any], items: int, writer: int = 0) -> Any:
         """Writers insert in turn, so that a resumed run goes on with the one whose turn it was."""
 
         def ready() -> bool:
-            return writer == self._turn and (self.limiter.may_insert(items) or not len(self.store))
+            room = self.limiter.may_insert(sum(self._promised.values()) + items)
+            return self._may_write(writer) and (room or not len(self.store))
 
         await until(ready, f"its turn, and room for {items} inserts")
+        slot = self._free.pop() if self._free else make()
+        self._promised[id(slot)] = items
+        return slot
 
-    def insert(self, items: Any, writer: int = 0) -> int:
-        count = self.store.insert(items, writer)
+    def _may_write(self, writer: int) -> bool:
+        return writer == self._turn
+
+    def insert(self, slot: Any, count: int, writer: int = 0) -> None:
+        self.store.insert(slot.batch(), writer)
         self.limiter.inserts += count
         self._turn = (writer + 1) % self._writers
-        return count
+        self._give_back(slot)
+
+    def _give_back(self, slot: Any) -> None:
+        del self._promised[id(slot)]
+        self._free.append(slot)
 
     async def sample(self, count: int, most: int = 1, **how: Any) -> Any:
+        return (await self.draw(count, most, **how))[1]
+
+    async def draw(self, count: int, most: int, **how: Any) -> tuple[int, Any]:
+        """`sample`, with how many they are."""
         await until(lambda: self.limiter.may_sample(count) and len(self.store) > 0, f"{count} samples")
         drawn = min(most, int(self.limiter.owed // count)) * count
         self.limiter.samples += drawn
-        return self.store.sample(drawn, **how)
+        return drawn, self.store.sample(drawn, **how)
 
     def prioritise(self, index: Any, priorities: Any) -> None:
         self.store.prioritise(index, priorities)
@@ -166,18 +181,17 @@ class InlineCalls:
     """`Calls` within one process."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Any, list[Any]]] = deque()
+        self._waiting: deque[tuple[Any, Callable[[Any], None]]] = deque()
 
     async def ask(self, request: Any) -> Any:
         answer: list[Any] = []
-        self._waiting.append((request, answer))
+        self._waiting.append((request, answer.append))
         await until(lambda: bool(answer), "an answer")
         return answer[0]
 
     async def requests(self, most: int) -> list[tuple[Any, Callable[[Any], None]]]:
         await until(lambda: bool(self._waiting), "a request")
-        taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
-        return [(request, answer.append) for request, answer in taken]
+        return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
 
 
 WORDS: dict[str, Callable[..., Any]] = {
@@ -188,12 +202,17 @@ WORDS: dict[str, Callable[..., Any]] = {
 }
 
 
+def role_seed(graph_seed: int, spec: RoleSpec) -> int:
+    """A role's seed: of the run's, its name and its index, and of nothing else; environments take 31 bits."""
+    return zlib.crc32(f"{graph_seed}/{spec.name}/{spec.index}".encode()) >> 1
+
+
 class InlineRole:
     """A role and its coroutine."""
 
     def __init__(self, spec: RoleSpec, graph_seed: int, runtime: Inline, saved: State | None) -> None:
         self.name, self.index, self.ends_run = spec.name, spec.index, spec.ends_run
-        self.seed = zlib.crc32(f"{graph_seed}/{spec.name}/{spec.index}".encode()) >> 1  # environments take 31 bits
+        self.seed = role_seed(graph_seed, spec)
         self._runtime, self._saved = runtime, saved
         self._part: Stateful | None = None
         self.coroutine: Any = None
@@ -288,4 +307,5 @@ class Inline:
         return {
             "roles": {name: state for name, state in kept.items() if state is not None},
             "words": {name: word.state() for name, word in words.items() if isinstance(word, Stateful)},
+            "steps": self.steps,
         }

@@ -25,6 +25,7 @@ class RateLimiter:
     inserts: int = 0
     samples: int = 0
     start: int = -1  # inserts from which on samples are owed
+    unlearnt: int = 0  # samples taken that their sampler still learns from: nobody inserts on their account
 
     def __post_init__(self) -> None:
         self.start = self.min_size if self.start < 0 else self.start
@@ -35,7 +36,8 @@ class RateLimiter:
         return round((self.inserts - self.start) * self.samples_per_insert - self.samples, PLACES)
 
     def may_insert(self, items: int) -> bool:
-        return self.inserts + items <= self.start or self.owed + items * self.samples_per_insert < self.tolerance
+        ahead = self.owed + self.unlearnt + items * self.samples_per_insert
+        return self.inserts + items <= self.start or ahead < self.tolerance
 
     def may_sample(self, count: int) -> bool:
         return self.owed >= count

@@ -37,14 +37,14 @@ class Published(NamedTuple):
 class Queue(Protocol):
     """Order, bounded: slots go round between those who fill them and those who empty them."""
 
-    async def slot(self, make: Callable[[], Any]) -> Any:
-        """Wait for a free slot; `make` allocates one while fewer than the capacity exist."""
+    async def slot(self, make: Callable[[], Any], index: int) -> Any:
+        """Wait for a free slot of those that the role of that index fills; `make` allocates them, so many for each."""
 
-    def put(self, index: int, slot: Any) -> None:
-        """Hand on a filled slot; `index` is the role that filled it. Never waits: the slot was waited for."""
+    def put(self, slot: Any) -> None:
+        """Hand on a filled slot. Never waits: the slot was waited for."""
 
     async def get(self, count: int) -> list[Any]:
-        """Wait for `count` filled slots, oldest first, those of one age in the order of their roles."""
+        """Wait for `count` filled slots and take the oldest, in the order of the roles that filled them."""
 
     def release(self, slots: list[Any]) -> None:
         """Give slots back to be filled again."""
@@ -67,11 +67,11 @@ class Replay(Protocol):
 
     inserts: int  # items stored since the run began
 
-    async def room(self, items: int, writer: int = 0) -> None:
-        """Wait until `items` more inserts, by the writer of that index, keep the ratio."""
+    async def slot(self, make: Callable[[], Any], items: int, writer: int = 0) -> Any:
+        """Wait until `items` more inserts, by the writer of that index, keep the ratio; gives a slot to fill."""
 
-    def insert(self, items: Any, writer: int = 0) -> int:
-        """Store what the writer of that index brings; gives how many items of it count."""
+    def insert(self, slot: Any, count: int, writer: int = 0) -> None:
+        """Store what is in a slot (`slot.batch()`), which counts as so many items, and give the slot back."""
 
     async def sample(self, count: int, most: int = 1, **how: Any) -> Any:
         """Wait until `count` samples are owed, then draw as many times that as are owed, at most `most` times."""

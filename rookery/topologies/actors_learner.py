@@ -1,13 +1,16 @@
 """Actors and a learner: actors fill unrolls, the learner learns from each once.
 
-    actor:   wait for newer weights; wait for a free slot; fill it; put.
-    learner: publish; get one slot from every actor; update; release; publish ...
+    actor:   wait for newer weights (or take those there are, once there is a slot); wait for a free slot; fill it; put.
+    learner: publish; get unrolls; update; release; publish ...
 
-Actors wait for the newest weights, so the data are on-policy and the run does not depend on who is faster.
+Actors that wait for the newest weights do what is on-policy, and the run does not depend on who is faster. Those that
+take what there is wait for the learner only when the queue is full: their unrolls lag behind by some versions, which
+the loss has to correct for (IMPALA, APPO).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rookery.actor import Collector, Unroll
-from rookery.data.plan import ReplayPlan
+from rookery.data.plan import OnPolicy, ReplayPlan
 from rookery.evaluator import Evaluator
 from rookery.learner import Learner
 from rookery.runtimes.words import Graph, Queue, Role, Weights
@@ -59,6 +62,12 @@ class Setting:
     replay: ReplaySetting = field(default_factory=ReplaySetting)
 
     @property
+    def unroll_plan(self) -> OnPolicy:
+        """Which unrolls the algorithm asks for."""
+        assert isinstance(self.algorithm.plan, OnPolicy)  # for the type checker: replay has another topology
+        return self.algorithm.plan
+
+    @property
     def replay_plan(self) -> ReplayPlan:
         """What the algorithm asks of replay."""
         assert isinstance(self.algorithm.plan, ReplayPlan)  # for the type checker: others have no replay
@@ -71,38 +80,40 @@ class Setting:
 
 
 async def actor(role: Role, setting: Setting, weights: Weights, unrolls: Queue) -> None:
-    """Collect with the newest weights only."""
+    """Collect with the newest weights only, or with those there are."""
     algorithm, env = setting.algorithm, setting.make_env(setting.lanes, role.seed)
-    net, unroll = setting.make_net(), algorithm.plan.unroll
-    collector = role.keep(Collector(algorithm, net, env, unroll, role.seed, **setting.means))
+    net, plan = setting.make_net(), setting.unroll_plan
+    collector = role.keep(Collector(algorithm, net, env, plan.unroll, role.seed, **setting.means))
     version = 0
     try:
         while True:
-            version, values, steps = await weights.newer_than(version)
-            slot = await unrolls.slot(collector.slot)
-            collector.load(version, values)
+            slot = await unrolls.slot(collector.slot, role.index)
+            version, values, steps = await (weights.latest() if plan.stale else weights.newer_than(version))
+            if version != collector.version:
+                collector.load(version, values)
             valid = collector.fill(slot)
-            unrolls.put(role.index, slot)
-            if crosses(steps, steps + valid, setting.log_every) and collector.returns:
-                role.report(steps + valid, collector.episodes())
+            unrolls.put(slot)
+            if crosses(collector.steps - valid, collector.steps, setting.log_every) and collector.returns:
+                role.report(steps + valid * (not plan.stale), collector.episodes())
     finally:
         env.close()
 
 
-async def learner(role: Role, setting: Setting, actors: int, weights: Weights, unrolls: Queue) -> None:
-    """Update with one unroll of every actor."""
+async def learner(role: Role, setting: Setting, count: int, weights: Weights, unrolls: Queue) -> None:
+    """Update with so many unrolls at once."""
     net = setting.make_net()
     learner = role.keep(Learner(setting.algorithm, net, setting.total_steps, role.seed, **setting.means))
     role.advance(learner.steps)
     weights.publish(learner.version, learner.values(), learner.steps)
     while learner.steps < setting.total_steps:
-        slots = await unrolls.get(actors)
+        slots = await unrolls.get(count)
         before = learner.steps
         batch = joined(slots)
         learner.update(batch, before + int(batch["valid"][:-1].sum()))
         if crosses(before, learner.steps, setting.log_every):
-            lag = learner.version - 1 - min(slot.version for slot in slots)
-            role.report(learner.steps, {**learner.metrics(), "policy_lag": lag})
+            lags = [learner.version - 1 - int(slot.version) for slot in slots]
+            lag = {"policy_lag": sum(lags) / len(lags), "policy_lag_max": max(lags)}
+            role.report(learner.steps, {**learner.metrics(), **lag})
         unrolls.release(slots)
         role.advance(learner.steps)
         weights.publish(learner.version, learner.values(), learner.steps)
@@ -142,10 +153,13 @@ def wire(setting: Setting, seed: int, actors: int = 1) -> Graph:
     """The whole topology."""
     graph = Graph(seed)
     weights = graph.word("weights", "weights")
-    unrolls = graph.word("queue", "unrolls", capacity=actors)
+    plan = setting.unroll_plan
+    count = plan.unrolls or actors
+    # One unroll of each actor, or one to fill while the learner has one, and as many as a batch takes.
+    unrolls = graph.word("queue", "unrolls", each=1 + math.ceil(count / actors) if plan.stale else 1)
     for index in range(actors):
         graph.role(actor, index, setting=setting, weights=weights, unrolls=unrolls)
-    graph.role(learner, setting=setting, actors=actors, weights=weights, unrolls=unrolls, ends_run=True)
+    graph.role(learner, setting=setting, count=count, weights=weights, unrolls=unrolls, ends_run=True)
     if setting.eval_every:
         graph.role(evaluator, setting=setting, weights=weights)
     return graph

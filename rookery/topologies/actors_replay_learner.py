@@ -3,8 +3,9 @@
     actor:   wait for room; act with the newest weights; insert.
     learner: wait until samples are owed; sample; update; hand back priorities; publish.
 
-Nobody waits for anybody but by the ratio of samples to inserts. With the tolerance that `wire` gives it they alternate:
-one actor is then the classic loop of acting for some steps and updating for some.
+Nobody waits for anybody but by the ratio of samples to inserts. With `ahead = 0` both sides alternate: one actor is
+then the classic loop of acting for some steps and updating for some. With more, each actor may be so many unrolls ahead
+of the learner, and both sides work at once (Ape-X).
 """
 
 from __future__ import annotations
@@ -50,17 +51,17 @@ async def actor(role: Role, setting: Setting, actors: int, weights: Weights, rep
     algorithm, env, plan = setting.algorithm, setting.make_env(setting.lanes, role.seed), setting.replay_plan
     net, rows = setting.make_net(), plan.rows(setting.lanes)
     collector = role.keep(Collector(algorithm, net, env, rows, role.seed, **setting.means))
-    slot, lanes = collector.slot(), torch.arange(setting.lanes, device=env.device) + role.index * setting.lanes
+    lanes = torch.arange(setting.lanes, device=env.device) + role.index * setting.lanes
     place = lanes / max(1, actors * setting.lanes - 1)
     try:
         while True:
-            await replay.room(rows * setting.lanes, role.index)
+            slot = await replay.slot(collector.slot, rows * setting.lanes, role.index)
             version, values, _ = await weights.latest()
             if version != collector.version:
                 collector.load(version, values)
             before = replay.inserts
-            collector.fill(slot, algorithm.exploration(before, place))
-            steps = before + replay.insert(slot.batch(), role.index)
+            steps = before + collector.fill(slot, algorithm.exploration(before, place))
+            replay.insert(slot, steps - before, role.index)
             role.advance(steps)
             if crosses(before, steps, setting.log_every) and collector.returns:
                 role.report(steps, collector.episodes())
@@ -96,9 +97,10 @@ def wire(setting: Setting, seed: int, actors: int = 1) -> Graph:
         make_store=MakeStore(setting, actors, zlib.crc32(f"{seed}/replay".encode())),
         samples_per_insert=plan.samples_per_insert,
         min_size=plan.learning_starts,
-        tolerance=plan.batch + plan.rows(lanes) * lanes * plan.samples_per_insert,
+        tolerance=plan.batch + (1 + plan.ahead * actors) * plan.rows(lanes) * lanes * plan.samples_per_insert,
         writers=actors,
         save=setting.replay.save,
+        overlap=plan.ahead > 0,
     )
     for index in range(actors):
         graph.role(actor, index, setting=setting, actors=actors, weights=weights, replay=replay)

@@ -371,3 +371,45 @@ def test_iqn_recovers_the_distribution() -> None:
     quantile = net(torch.tensor([0]), None, fraction)[0, 0].detach()
     distance = wasserstein(quantile, fraction[0])
     assert distance < 0.05
+
+
+# Ape-X
+
+
+def test_the_ladder_of_epsilon() -> None:
+    """εᵢ = 0.4^(1 + 7i/(N−1)) throughout: 0.4 for the first of N lanes, 0.4⁸ for the last (Horgan et al. 2018)."""
+    algorithm, place = DQN(epsilon=0.4, ladder=7.0, learning_starts=10), torch.tensor([0.0, 0.5, 1.0])
+    expected = torch.tensor([0.4, 0.4**4.5, 0.4**8])
+    for steps in (10, 1_000_000):
+        torch.testing.assert_close(algorithm.exploration(steps, place), expected)
+    assert algorithm.exploration(9, place) == 1.0
+
+
+def test_priorities_of_actors_by_hand() -> None:
+    """Three steps of two lanes, n = 2: the second lane terminates after its first step, and is invalid in the next."""
+    algorithm = DQN(n_step=2, gamma=0.5, actor_priorities=True)
+    unroll = {
+        "reward": torch.tensor([[1.0, 4.0], [2.0, 0.0], [3.0, 1.0], [0.0, 0.0]]),
+        "terminated": torch.tensor([[False, True], [False, False], [False, False], [False, False]]),
+        "truncated": torch.zeros(4, 2, dtype=torch.bool),
+        "q": torch.tensor([[0.0, 1.0], [0.0, 0.0], [10.0, 0.0], [0.0, 0.0]]),
+        "best": torch.tensor([[0.0, 0.0], [0.0, 100.0], [8.0, 0.0], [4.0, 6.0]]),
+    }
+    found = algorithm.priorities(unroll)
+    first = [1 + 0.5 * 2 + 0.25 * 8, 4.0 - 1]  # and nothing beyond the end
+    second = [2 + 0.5 * 3 + 0.25 * 4, 0 + 0.5 * 1 + 0.25 * 6]
+    third = [abs(3 + 0.5 * 4 - 10), 1 + 0.5 * 6]  # the unroll ends: one step
+    torch.testing.assert_close(found, torch.tensor([first, second, third]))
+    assert DQN().priorities(unroll) is None
+
+
+def test_what_is_recorded_for_priorities() -> None:
+    """The value of the action taken, exploring or not, and the best value that the mask allows."""
+    algorithm, net, _, batch = made("dqn")
+    algorithm = changed("dqn", actor_priorities=True)
+    noise = net.draw((N,), generator())
+    acted = algorithm.act(net, batch["obs"], torch.zeros(N, 0), Explore(noise, torch.full((N,), 0.5)))
+    values = net.values(batch["obs"])
+    torch.testing.assert_close(acted.record["q"], values[torch.arange(N), acted.action])
+    torch.testing.assert_close(acted.record["best"], values.amax(-1))
+    assert (acted.record["q"] < acted.record["best"]).any()

@@ -55,7 +55,8 @@ class ReplayMachine(RuleBasedStateMachine):
         columns, rows, newest = self.streams[writer].unroll(count)
         valid = self.model.insert(writer, rows, newest)
         priorities = torch.rand(count, self.buffer.lanes) if given else None
-        assert self.buffer.insert(columns, writer, priorities) == valid
+        more = {} if priorities is None else {"priority": priorities}
+        assert self.buffer.insert({**columns, **more}, writer) == valid
 
     @rule(writer=st.integers(0, 1), foreign=st.booleans(), lost=st.integers(0, 3))
     def break_off(self, writer: int, foreign: bool, lost: int) -> None:

@@ -62,7 +62,7 @@ def test_where_little_can_be_drawn_it_is_equally_likely_too() -> None:
 def test_priorities_of_the_paper() -> None:
     """Golden vector: p = (1, 2, 4), α = 0.6, β = 0.4."""
     buffer = ReplayBuffer(plan(alpha=0.6), 3)
-    buffer.insert(rows(1), priorities=torch.tensor([[1.0, 2.0, 4.0]]))
+    buffer.insert({**rows(1), "priority": torch.tensor([[1.0, 2.0, 4.0]])})
     batch = buffer.sample(9_000, beta=0.4)
     for lane, (share, weight) in enumerate([(0.207766, 1.0), (0.314914, 0.846745), (0.47732, 0.716978)]):
         mine = batch["index"] == lane
@@ -92,7 +92,7 @@ def test_wrong_priorities_are_refused_whole(wrong: float) -> None:
     given = torch.ones(2, LANES).masked_fill(columns["valid"][:2], wrong)
     assert any(row.valid for row in each[0] + each[1])
     with pytest.raises(ValueError, match=f"the priority {wrong} at"):
-        buffer.insert(columns, priorities=given)
+        buffer.insert({**columns, "priority": given})
     with pytest.raises(ValueError, match=r"priorities \[3\] came for \[2\] samples"):
         buffer.prioritise(torch.tensor([200, 201]), torch.ones(3))
     assert torch.equal(buffer._tree.leaves, before)

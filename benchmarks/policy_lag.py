@@ -1,0 +1,99 @@
+"""IMPALA on CartPole-v1 with a policy lag forced on its actor: V-trace beside the uncorrected loss, over seeds."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import begin, child, finish, interleaved, machine, parser, table
+
+LAGS = (0, 4, 16, 64)
+LR = 1e-3  # smaller than the recipe's: what a lag of some updates means depends on it
+NOTES = """The actor acts with the weights of so many updates ago (as many as there are, at the start); everything else
+is equal: the recipe of `rookery train impala CartPole-v1` but a step size of 0.001, inline. A cell is the mean over
+seeds of the return of 20 greedy episodes with the last weights, with each seed's. Espeholt et al. 2018, section 5.2.2,
+compare the same two losses."""
+
+
+class Lagged:
+    """Weights as they were `lag` versions ago."""
+
+    def __init__(self, weights: Any, lag: int) -> None:
+        self.weights, self.seen = weights, deque(maxlen=lag + 1)
+
+    async def latest(self) -> Any:
+        newest = await self.weights.latest()
+        if not self.seen or newest.version > self.seen[-1].version:
+            self.seen.append(newest)
+        return self.seen[0]
+
+
+def lagged(lag: int) -> Callable[..., Any]:
+    """`wire` of actors–learner with one actor that lags, and a queue of one slot, which adds no lag of its own."""
+    from rookery.runtimes.words import Graph
+    from rookery.topologies.actors_learner import actor, learner
+
+    async def lagging(role: Any, setting: Any, weights: Any, unrolls: Any) -> None:
+        await actor(role, setting, Lagged(weights, lag), unrolls)
+
+    def wire(setting: Any, seed: int, actors: int) -> Graph:
+        graph = Graph(seed)
+        words = {"weights": graph.word("weights", "weights"), "unrolls": graph.word("queue", "unrolls", capacity=1)}
+        graph.role(lagging, setting=setting, **words)
+        graph.role(learner, setting=setting, count=1, ends_run=True, **words)
+        return graph
+
+    return wire
+
+
+def train(spec: dict[str, Any]) -> dict[str, Any]:
+    """One run, and the lag that was measured in it."""
+    import rookery
+    from rookery.runs.metrics import read
+    from rookery.topologies import actors_learner
+
+    actors_learner.wire = lagged(spec["lag"])
+    settings = {"steps": spec["steps"], "seed": spec["seed"], "correction": spec["correction"], "lr": LR}
+    settings |= {"actors": 1, "envs": 32, "device": "cpu", "threads": 1, "quiet": True, "sinks": ()}
+    with tempfile.TemporaryDirectory() as folder:
+        run = rookery.train("impala", "CartPole-v1", run_dir=Path(folder) / "run", **settings)
+        lags = [row["policy_lag"] for row in read(run.path / "metrics.jsonl") if "policy_lag" in row]
+        return {"score": run.summary["eval_return_mean"], "lag": statistics.median(lags)}
+
+
+def main() -> None:
+    """Every lag with and without correction."""
+    flags = parser(__doc__ or "", rounds=5)
+    flags.add_argument("--steps", type=int, default=400_000)
+    args = begin(flags, {"train": train})
+    about, steps = machine(args.cores), 2_000 if args.smoke else args.steps
+    corrections = ("vtrace", "none")
+    variants = {
+        f"{correction}, lag {lag}": {"kind": "train", "lag": lag, "correction": correction, "steps": steps}
+        for lag in LAGS
+        for correction in corrections
+    }
+    found = interleaved(
+        variants,
+        args.rounds,
+        lambda spec, number: child(__file__, {**spec, "seed": number}, args.cores),
+        lambda result: f"{result['score']:>6.1f}, lag {result['lag']:g}",
+    )
+    rows = []
+    for lag in LAGS:
+        cells, measured = [], 0.0
+        for correction in corrections:
+            runs = found[f"{correction}, lag {lag}"]
+            scores, measured = [run["score"] for run in runs], statistics.median(run["lag"] for run in runs)
+            cells.append(f"{statistics.mean(scores):.0f} ({', '.join(f'{score:.0f}' for score in scores)})")
+        rows.append([lag, f"{measured:g}", *cells])
+    text = table(["lag", "measured", "V-trace", "uncorrected"], rows)
+    finish(args, "policy_lag", about, {"steps": steps, "results": found}, "Policy lag", text, NOTES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Boxes: what one process fills and others read, in memory that they share, made once and known by a number.
+
+A box is any object whose tensors are on the CPU. The first time that it is sent to another process its storages move
+into shared memory, where they stay; from then on its number travels instead. That memory has no name in the file
+system: it is freed with the last process that sees it, however that ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["copied", "fits", "packed", "pour", "unpacked"]
+
+
+def copied(value: Any) -> Any:
+    """A copy of nested dicts and TensorDicts of tensors, on the CPU."""
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
+    if isinstance(value, dict):
+        return {name: copied(part) for name, part in value.items()}
+    return value.to("cpu").clone() if hasattr(value, "batch_size") else value
+
+
+def fits(box: Any, value: Any) -> bool:
+    """Whether a box has room for exactly this value: the same names, shapes and dtypes."""
+    if isinstance(value, Tensor):
+        return isinstance(box, Tensor) and box.shape == value.shape and box.dtype == value.dtype
+    if isinstance(value, dict):
+        return isinstance(box, dict) and box.keys() == value.keys() and all(fits(box[key], value[key]) for key in value)
+    if hasattr(value, "batch_size"):
+        return hasattr(box, "batch_size") and fits(box.to_dict(), value.to_dict())
+    return False
+
+
+def pour(value: Any, box: Any) -> None:
+    """Copy a value into a box that it fits."""
+    if isinstance(value, Tensor):
+        box.copy_(value)
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            pour(part, box[name])
+    else:
+        box.update_(value)
+
+
+def packed(value: Any) -> Any:
+    """Nested dicts with arrays in place of tensors, which travel as bytes and share no memory."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().numpy()
+    return {name: packed(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+def unpacked(value: Any) -> Any:
+    """The inverse of `packed`."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    return {name: unpacked(part) for name, part in value.items()} if isinstance(value, dict) else value

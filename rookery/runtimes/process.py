@@ -1,0 +1,243 @@
+"""A role in a process of its own: the four words as it sees them, each a message to the process that keeps them."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from rookery.runtimes.boxes import copied, fits, packed, pour, unpacked
+from rookery.runtimes.words import Part, Published, RoleSpec, Stateful, WordSpec
+
+__all__ = ["Link", "main"]
+
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+SHARE = 0.02  # of a role's time that may go into handing over its state
+
+
+class Ended(BaseException):
+    """The run is over: leave the role, closing what it holds."""
+
+
+class Link:
+    """A role's line to the runtime; it waits for answers, and hands over the role's state meanwhile."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.boxes: dict[int, Any] = {}
+        self.numbers: dict[int, int] = {}  # of boxes by their identity
+        self.part: Stateful | None = None
+        self._handed, self._took = time.monotonic(), 0.0  # when the state was last handed over, and how long that took
+
+    def send(self, *message: Any) -> None:
+        try:
+            self.connection.send(message)
+        except OSError as error:  # the runtime is gone
+            raise Ended from error
+
+    def tell(self, word: str, what: str, *args: Any) -> None:
+        self.send("tell", word, what, args)
+
+    def ask(self, word: str, what: str, *args: Any) -> Any:
+        """Send a request and wait for its answer."""
+        self.send("ask", word, what, args)
+        return self.hear("answer")
+
+    def hear(self, wanted: str) -> Any:
+        """Wait for a message; meanwhile take in boxes and give the role's state."""
+        while True:
+            try:
+                kind, *rest = self.connection.recv()
+            except (EOFError, OSError) as error:  # the runtime is gone
+                raise Ended from error
+            if kind == "box":
+                self.know(*rest)
+            elif kind == "state":
+                self.send("state", self.state())
+            elif kind == "end":
+                raise Ended
+            if kind == wanted:
+                return rest[0]
+
+    def know(self, number: int, box: Any) -> None:
+        self.boxes[number], self.numbers[id(box)] = box, number
+
+    def make(self, number: int, box: Any) -> Any:
+        """A new box, which everybody else hears of through the runtime."""
+        self.know(number, box)
+        self.send("box", number, box)
+        return box
+
+    def state(self) -> dict[str, Any] | None:
+        """The role's state, packed."""
+        return None if self.part is None else packed(self.part.state())
+
+    def hand_over(self) -> None:
+        """Give the role's state in case that it dies, as often as a small share of its time allows."""
+        began = time.monotonic()
+        if self.part is None or began - self._handed < self._took / SHARE:
+            return
+        self.send("kept", self.state())
+        self._handed = time.monotonic()
+        self._took = self._handed - began
+
+
+class LinkedQueue:
+    """`Queue` as a role sees it."""
+
+    def __init__(self, link: Link, name: str) -> None:
+        self.link, self.name = link, name
+
+    async def slot(self, make: Callable[[], Any], index: int) -> Any:
+        number = self.link.ask(self.name, "slot", index)
+        return self.link.boxes[number] if number in self.link.boxes else self.link.make(number, make())
+
+    def put(self, slot: Any) -> None:
+        self.link.tell(self.name, "put", self.link.numbers[id(slot)])
+
+    async def get(self, count: int) -> list[Any]:
+        return [self.link.boxes[number] for number in self.link.ask(self.name, "get", count)]
+
+    def release(self, slots: list[Any]) -> None:
+        self.link.tell(self.name, "release", [self.link.numbers[id(slot)] for slot in slots])
+
+
+class LinkedWeights:
+    """`Weights` as a role sees it: values stay as they are until the role asks for newer ones."""
+
+    def __init__(self, link: Link, name: str) -> None:
+        self.link, self.name = link, name
+
+    def publish(self, version: int, values: Any, steps: int) -> None:
+        link = self.link
+        number = link.ask(self.name, "box")
+        if number in link.boxes and fits(link.boxes[number], values):
+            pour(values, link.boxes[number])
+        else:
+            link.make(number, copied(values))
+        link.tell(self.name, "publish", version, number, steps)
+        link.hand_over()
+
+    async def newer_than(self, version: int) -> Published:
+        version, number, steps = self.link.ask(self.name, "newer_than", version)
+        return Published(version, self.link.boxes[number], steps)
+
+    async def latest(self) -> Published:
+        version, number, steps = self.link.ask(self.name, "latest")
+        return Published(version, self.link.boxes[number], steps)
+
+
+class LinkedReplay:
+    """`Replay` as a role sees it; samples stay as they are until the role asks for the next."""
+
+    def __init__(self, link: Link, name: str) -> None:
+        self.link, self.name = link, name
+        self.inserts = link.ask(name, "count")
+
+    async def slot(self, make: Callable[[], Any], items: int, writer: int = 0) -> Any:
+        number, self.inserts = self.link.ask(self.name, "slot", items, writer)
+        return self.link.boxes[number] if number in self.link.boxes else self.link.make(number, make())
+
+    def insert(self, slot: Any, count: int, writer: int = 0) -> None:
+        self.inserts += count
+        self.link.tell(self.name, "insert", self.link.numbers[id(slot)], count, writer)
+
+    async def sample(self, count: int, most: int = 1, **how: Any) -> Any:
+        number, self.inserts = self.link.ask(self.name, "sample", count, most, how)
+        return self.link.boxes[number]
+
+    def prioritise(self, index: Any, priorities: Any) -> None:
+        self.link.tell(self.name, "prioritise", packed(index), packed(priorities))
+
+
+class LinkedCalls:
+    """`Calls` as a role sees it; what is asked and answered is small."""
+
+    def __init__(self, link: Link, name: str) -> None:
+        self.link, self.name = link, name
+
+    async def ask(self, request: Any) -> Any:
+        return self.link.ask(self.name, "ask", request)
+
+    async def requests(self, most: int) -> list[tuple[Any, Callable[[Any], None]]]:
+        def answer(number: int) -> Callable[[Any], None]:
+            return lambda value: self.link.tell(self.name, "answer", number, value)
+
+        return [(request, answer(number)) for number, request in self.link.ask(self.name, "requests", most)]
+
+
+WORDS = {"queue": LinkedQueue, "weights": LinkedWeights, "replay": LinkedReplay, "calls": LinkedCalls}
+
+
+class LinkedRole:
+    """`Role` in its own process."""
+
+    def __init__(self, link: Link, spec: RoleSpec, seed: int, saved: dict[str, Any] | None) -> None:
+        self.link, self.name, self.index, self.seed, self._saved = link, spec.name, spec.index, seed, saved
+
+    def report(self, step: int, values: dict[str, Any]) -> None:
+        self.link.send("report", step, values)
+
+    def advance(self, steps: int) -> None:
+        self.link.send("advance", steps)
+
+    def keep(self, part: Part) -> Part:
+        if self.link.part is not None:
+            raise RuntimeError(f"{self.name} {self.index} keeps two parts; keep one that holds both.")
+        self.link.part = part
+        if self._saved is not None:
+            part.load_state(self._saved)
+        return part
+
+
+def main(connection: Connection, spec: RoleSpec, seed: int, saved: dict[str, Any] | None, threads: int) -> None:
+    """What the process of a role does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the runtime decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with_parent()
+    torch.set_num_threads(threads)
+    link = Link(connection)
+    try:
+        try:
+            _play(link, spec, seed, saved)
+        except Exception as error:
+            link.send("failed", str(error) or repr(error), traceback.format_exc())
+        else:
+            link.send("over", link.state())
+        link.hear("end")  # until then this process is here to share the boxes it made
+    except Ended:
+        pass
+
+
+def _play(link: Link, spec: RoleSpec, seed: int, saved: dict[str, Any] | None) -> None:
+    """Run the role to its end."""
+    made = {value.name: WORDS[value.kind](link, value.name) for value in spec.args.values() if _is_word(value)}
+    args = {key: made[value.name] if _is_word(value) else value for key, value in spec.args.items()}
+    coroutine: Any = spec.function(LinkedRole(link, spec, seed, None if saved is None else unpacked(saved)), **args)
+    try:
+        coroutine.send(None)  # its words wait inside
+    except StopIteration:
+        return
+    finally:
+        coroutine.close()
+    raise RuntimeError(f"{spec.name} awaits something that is not a word; use only the words handed to it.")
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, WordSpec)
+
+
+def _die_with_parent() -> None:
+    """Be killed when the process that started this one dies (Linux; elsewhere the closed connection is noticed).
+
+    With a server of forks that is the server, which ends when the runtime's process does.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,149 @@
+"""Roles that are killed in drills: actors and a learner in step, whose every number can be checked."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rookery.runtimes.words import Graph
+
+__all__ = [
+    "Lesson",
+    "Slot",
+    "asking",
+    "brittle",
+    "in_step",
+    "learner",
+    "player",
+    "server",
+    "sleeper",
+    "stuck",
+    "watcher",
+]
+
+SIZE = 10_000
+
+
+class Slot:
+    """Rows that all say who filled them, and with which version."""
+
+    def __init__(self) -> None:
+        self.rows = torch.zeros(SIZE, 2, dtype=torch.int64)
+
+
+class Lesson:
+    """A learner's state: its version, and how many rows it has learnt from."""
+
+    def __init__(self) -> None:
+        self.version, self.steps = 1, 0
+
+    def state(self) -> dict[str, Any]:
+        return {"version": self.version, "steps": self.steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.version, self.steps = state["version"], state["steps"]
+
+
+async def player(role: Any, weights: Any, queue: Any) -> None:
+    version = 0
+    while True:
+        version, values, _ = await weights.newer_than(version)
+        slot = await queue.slot(Slot, role.index)
+        assert (values["w"] == version).all(), "torn"
+        slot.rows[:, 0] = role.index
+        slot.rows[:, 1] = version
+        queue.put(slot)
+
+
+async def learner(role: Any, weights: Any, queue: Any, players: int, until: int) -> None:
+    """Learns 3 rows an unroll; reports what it learnt from, and from where it came."""
+    lesson = role.keep(Lesson())
+    role.advance(lesson.steps)
+    weights.publish(lesson.version, {"w": torch.full((SIZE,), lesson.version)}, lesson.steps)
+    while lesson.steps < until:
+        slots = await queue.get(players)
+        assert all((slot.rows == slot.rows[0]).all() for slot in slots), "torn"
+        seen = [slot.rows[0].tolist() for slot in slots]
+        time.sleep(0.002)
+        before, lesson.steps = lesson.steps, lesson.steps + 3 * players
+        role.report(lesson.steps, {"before": before, "version": lesson.version, "seen": seen})
+        lesson.version += 1
+        queue.release(slots)
+        role.advance(lesson.steps)
+        weights.publish(lesson.version, {"w": torch.full((SIZE,), lesson.version)}, lesson.steps)
+
+
+async def watcher(role: Any, weights: Any) -> None:
+    version = 0
+    while True:
+        version, values, steps = await weights.newer_than(version)
+        assert (values["w"] == version).all(), "torn"
+        time.sleep(0.005)
+        role.report(steps, {"watched": version})
+
+
+def in_step(players: int, until: int) -> Graph:
+    graph = Graph(0)
+    weights = graph.word("weights", "weights")
+    queue = graph.word("queue", "queue", each=1)
+    for index in range(players):
+        graph.role(player, index, weights=weights, queue=queue)
+    graph.role(learner, weights=weights, queue=queue, players=players, until=until, ends_run=True)
+    graph.role(watcher, weights=weights)
+    return graph
+
+
+async def asking(role: Any, calls: Any, count: int) -> None:
+    """Ends the run once its questions are answered; it goes on where it was."""
+    lesson = role.keep(Lesson())
+    while lesson.steps < count:
+        assert await calls.ask(lesson.steps) == -lesson.steps
+        lesson.steps += 1
+        role.advance(lesson.steps)
+        role.report(lesson.steps, {"asked": lesson.steps})
+
+
+async def server(role: Any, calls: Any) -> None:
+    while True:
+        for request, answer in await calls.requests(8):
+            time.sleep(0.002)
+            answer(-request)
+
+
+async def sleeper(role: Any, weights: Any, marker: Path) -> None:
+    """Hangs in its first life."""
+    weights.publish(1, {}, 0)
+    await weights.newer_than(0)
+    if not marker.exists():
+        marker.touch()
+        time.sleep(600)
+
+
+async def brittle(role: Any, weights: Any) -> None:
+    """Dies without a word, each time."""
+    weights.publish(1, {}, 0)
+    await weights.newer_than(0)
+    raise SystemExit(3)
+
+
+class Heavy(Lesson):
+    """Takes so long to hand over that it is handed over at the beginning of each life only."""
+
+    def state(self) -> dict[str, Any]:
+        time.sleep(0.05)
+        return super().state()
+
+
+async def stuck(role: Any, weights: Any) -> None:
+    """Works well up to its fifth step, whose error comes again in each life."""
+    lesson = role.keep(Heavy())
+    while True:
+        role.advance(lesson.steps)
+        weights.publish(lesson.version, {}, lesson.steps)
+        await weights.latest()
+        lesson.version, lesson.steps = lesson.version + 1, lesson.steps + 1
+        if lesson.steps == 5:
+            raise ArithmeticError("a loss of NaN")

@@ -1,0 +1,441 @@
+"""Processes die, at any moment: training goes on, every number stays true, and nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import mortals
+import pytest
+import torch
+
+import rookery
+from rookery.runtimes.inline import RoleError
+from rookery.runtimes.local import Local
+from rookery.runtimes.words import Graph
+from rookery.train import Keeper
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found through /proc")
+
+PATIENCE = 60.0  # seconds, on a busy machine
+
+Rows = list[tuple[str, int, int, dict[str, Any]]]
+
+
+def eventually(holds: Callable[[], bool], patience: float = PATIENCE) -> bool:
+    until = time.monotonic() + patience
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.02)
+    return holds()
+
+
+def children() -> list[int]:
+    """Of the server of forks: the roles' processes."""
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    if server is None:
+        return []
+    with contextlib.suppress(FileNotFoundError):
+        return [int(pid) for pid in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
+    return []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """After each drill there is no process, no shared memory and no open file that was not there before."""
+    before, files = set(Path("/dev/shm").iterdir()), open_files()
+    logging.disable(logging.WARNING)  # what is logged of a death holds all that was alive then
+    yield
+    logging.disable(logging.NOTSET)
+    assert multiprocessing.active_children() == []
+    assert eventually(lambda: not children()), children()
+    assert eventually(lambda: set(Path("/dev/shm").iterdir()) <= before)
+    assert open_files() <= files + 10  # the first drill begins the server of forks
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+class Killer:
+    """Kills processes one after the other, each at a random moment; the next once the last was replaced."""
+
+    def __init__(self, seed: int, names: list[str], gap: int) -> None:
+        self.random, self.gap = random.Random(seed), gap
+        self.plan = list(names)
+        self.random.shuffle(self.plan)
+        self.killed: list[str] = []
+        self.replaced: list[str] = []
+        self.next = gap
+        self.idle = False  # whether a new watcher has done nothing yet, which nobody waits for
+        self.timers: list[threading.Timer] = []
+
+    def hear(self, role: str, index: int, step: int, values: dict[str, Any]) -> None:
+        """A row of metrics."""
+        if role == "runtime":
+            self.replaced.append(values["restarted"])
+            self.next = step + self.gap
+        if role in ("runtime", "watcher"):
+            self.idle = values.get("restarted") == "watcher 0"
+
+    def look(self, steps: int) -> None:
+        """The run has come so far."""
+        if not self.plan or steps < self.next or len(self.replaced) < len(self.killed) or self.idle:
+            return
+        pid = {process.name: process.pid for process in multiprocessing.active_children()}[self.plan[-1]]
+        self.killed.append(self.plan.pop())
+        timer = threading.Timer(self.random.uniform(0, 0.03), kill, [pid])
+        timer.start()
+        self.timers.append(timer)
+
+    def check(self) -> None:
+        for timer in self.timers:
+            timer.join()
+        assert not self.plan, "the run was over too soon"
+        assert self.replaced == self.killed
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def run(graph: Graph, killer: Killer | None = None, **options: Any) -> tuple[Rows, dict[str, Any], Local]:
+    rows: Rows = []
+
+    def report(*row: Any) -> None:
+        rows.append(row)
+        if killer is not None:
+            killer.hear(*row)
+
+    def between(steps: int, snapshot: Callable[[], Any]) -> bool:
+        if killer is not None:
+            killer.look(steps)
+        return False
+
+    local = Local(report, **{"deadline": PATIENCE, **options})
+    return rows, local.run(graph, between), local
+
+
+# In a small graph, whose numbers can all be checked.
+
+EACH = ["player 0", "player 1", "learner 0", "watcher 0"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_role_may_die(seed: int) -> None:
+    killer = Killer(seed, EACH * 3, gap=30)
+    rows, state, local = run(mortals.in_step(2, until=1200), killer)
+    killer.check()
+    assert local.restarts == 12
+    assert sum(row[3]["dropped"] for row in rows if row[0] == "runtime") == local.dropped
+    assert state["steps"] == 1200
+    check_lessons([row for row in rows if row[0] == "learner"], state)
+
+
+def check_lessons(rows: Rows, state: dict[str, Any]) -> None:
+    """Every lesson begins where another ended, is of one unroll of each player, and they come to be in step again."""
+    ends = {0: 1}  # steps -> version
+    last = -1
+    for number, (_, _, steps, values) in enumerate(rows):
+        assert ends[values["before"]] == values["version"]
+        assert steps == values["before"] + 6
+        assert [index for index, _ in values["seen"]] == [0, 1]
+        if values["version"] != last + 1:
+            fell_back = number
+        last = values["version"]
+        ends[steps] = values["version"] + 1
+        if number > fell_back + 1:
+            assert [version for _, version in values["seen"]] == [values["version"]] * 2
+    assert state["roles"]["learner_0"] == {"version": 201, "steps": 1200}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_states_are_true_whoever_dies_meanwhile(seed: int) -> None:
+    killer = Killer(seed, EACH * 2, gap=30)
+    states: list[dict[str, Any]] = []
+
+    def between(steps: int, snapshot: Callable[[], Any]) -> bool:
+        killer.look(steps)
+        states.append(snapshot())
+        return False
+
+    local = Local(killer.hear, deadline=PATIENCE)
+    local.run(mortals.in_step(2, until=900), between)
+    killer.check()
+    assert len(states) >= 20
+    for state in states:
+        lesson = state["roles"]["learner_0"]
+        assert lesson["steps"] == state["steps"] == 6 * (lesson["version"] - 1)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_requests_outlive_their_server(seed: int) -> None:
+    graph = Graph(0)
+    calls = graph.word("calls", "calls")
+    graph.role(mortals.asking, calls=calls, count=400, ends_run=True)
+    graph.role(mortals.server, calls=calls)
+    killer = Killer(seed, ["server 0"] * 4, gap=20)
+    rows, _, _ = run(graph, killer)
+    killer.check()
+    assert [row[2] for row in rows if row[0] == "asking"] == list(range(1, 401))
+
+
+def test_the_server_of_forks_may_die() -> None:
+    killed: list[int] = []
+
+    def between(steps: int, snapshot: Callable[[], Any]) -> bool:
+        if steps >= 60 and not killed:
+            killed.append(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
+            os.kill(killed[0], signal.SIGKILL)
+        return False
+
+    rows: Rows = []
+    local = Local(lambda *row: rows.append(row), deadline=PATIENCE)
+    state = local.run(mortals.in_step(2, until=300), between)
+    assert local.restarts >= 4
+    assert state["steps"] == 300
+
+
+# Who cannot be helped.
+
+
+def test_who_dies_each_time_ends_the_run() -> None:
+    graph = Graph(0)
+    graph.role(mortals.brittle, 2, weights=graph.word("weights", "weights"))
+    rows: Rows = []
+    with pytest.raises(RoleError, match=r"^brittle 2 failed 3 times in a row: its process ended \(exit status 3\)$"):
+        Local(lambda *row: rows.append(row)).run(graph, lambda steps, snapshot: False)
+    assert [row[3]["restarted"] for row in rows] == ["brittle 2"] * 2
+
+
+def test_who_gets_no_further_ends_the_run() -> None:
+    """It does a few units of work in each life, and then fails where it did before."""
+    graph = Graph(0)
+    graph.role(mortals.stuck, weights=graph.word("weights", "weights"))
+    with pytest.raises(RoleError, match=r"^stuck 0 failed 3 times in a row: a loss of NaN$"):
+        run(graph)
+
+
+def test_who_hangs_is_replaced(tmp_path: Path) -> None:
+    graph = Graph(0)
+    marker = tmp_path / "marker"
+    graph.role(mortals.sleeper, weights=graph.word("weights", "weights"), marker=marker, ends_run=True)
+    rows, _, _ = run(graph, deadline=2.0)
+    assert marker.exists()
+    assert {row[3]["restarted"] for row in rows} == {"sleeper 0"}
+
+
+def test_what_cannot_be_handed_over_is_refused(tmp_path: Path) -> None:
+    import gymnasium
+
+    with pytest.raises(ValueError, match=r"actor 0 cannot be handed to another process .* use runtime='inline'\.$"):
+        rookery.train(
+            "ppo", lambda: gymnasium.make("CartPole-v1"), run_dir=tmp_path / "run", quiet=True, runtime="local"
+        )
+
+
+def test_a_script_without_a_guard_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    call = "rookery.train('ppo', 'tensor:CartPole-v1', runtime='local', run_dir='run', quiet=True)"
+    script.write_text(f"import rookery\n{call}\n")
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert "before it began" in done.stderr
+    assert "`if __name__ == '__main__':`" in done.stderr
+
+
+# In training.
+
+
+@pytest.fixture
+def deaths(monkeypatch: pytest.MonkeyPatch) -> Callable[[Killer], None]:
+    """Lets a killer look on at the next run."""
+
+    def begin(killer: Killer) -> None:
+        between, report = Keeper.between, Keeper.report
+
+        def looking(keeper: Keeper, steps: int, snapshot: Callable[[], Any]) -> bool:
+            killer.look(steps)
+            return between(keeper, steps, snapshot)
+
+        def hearing(keeper: Keeper, *row: Any) -> None:
+            killer.hear(*row)
+            report(keeper, *row)
+
+        monkeypatch.setattr(Keeper, "between", looking)
+        monkeypatch.setattr(Keeper, "report", hearing)
+
+    return begin
+
+
+SETTINGS = {"quiet": True, "runtime": "local", "actors": 2, "envs": 4, "hidden": (8,), "device": "cpu", "threads": 1}
+SETTINGS |= {"log_every": 64, "sinks": (), "eval_episodes": 2}
+ROLES = ["actor 0", "actor 1", "learner 0", "evaluator 0"]
+
+
+def test_ppo_outlives_its_processes(deaths: Any, tmp_path: Path) -> None:
+    killer = Killer(0, ROLES * 2, gap=200)
+    deaths(killer)
+    settings = {**SETTINGS, "unroll": 8, "minibatches": 2, "epochs": 1, "steps": 6_000, "eval_every": 500}
+    found = rookery.train("ppo", "CartPole-v1", run_dir=tmp_path / "run", **settings)
+    killer.check()
+    step, saved = found.checkpoints.latest()
+    assert found.summary["steps"] == step == saved["run"]["roles"]["learner_0"]["counts"]["steps"] >= 6_000
+    assert all(torch.isfinite(each).all() for each in saved["run"]["roles"]["learner_0"]["net"].values())
+    text = (found.path / "metrics.jsonl").read_text()
+    assert text.count('"restarted"') == 8
+
+
+def test_dqn_keeps_its_ratio(deaths: Any, tmp_path: Path) -> None:
+    killer = Killer(1, ROLES * 2, gap=150)
+    deaths(killer)
+    settings = {**SETTINGS, "batch": 8, "capacity": 2_000, "learning_starts": 100, "updates_per_step": 0.25}
+    settings |= {"steps": 4_000, "eval_every": 500}
+    found = rookery.train("dqn", "CartPole-v1", run_dir=tmp_path / "run", **settings)
+    killer.check()
+    _, saved = found.checkpoints.latest()
+    counts, plan = saved["run"]["words"]["replay"]["counts"], found.algorithm.plan
+    owed = (counts["inserts"] - counts["start"]) * plan.samples_per_insert - counts["samples"]
+    assert 0 <= owed < plan.batch + plan.rows(4) * 4 * plan.samples_per_insert
+    assert counts["inserts"] == found.summary["steps"]
+    assert saved["run"]["roles"]["learner_0"]["counts"]["steps"] >= 4_000
+
+
+# The runtime's own process.
+
+
+def family(marker: str) -> list[int]:
+    """Every process that was begun with the marker in its environment, and lives."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            if marker.encode() in (path / "environ").read_bytes():
+                found.append(int(path.name))
+    return found
+
+
+class Command:
+    """`rookery train` in a process of its own, with temporary files of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.marker = folder, f"DRILL_{uuid.uuid4().hex}"
+        self.temporary = tempfile.mkdtemp(prefix="d", dir="/tmp")  # short: sockets' names are
+        self.run = folder / "run"
+        words = ["train", "ppo", "tensor:CartPole-v1", "--runtime", "local", "--actors", "2", "--steps", "100_000_000"]
+        words += ["--envs", "4", "--unroll", "8", "--device", "cpu", "--threads", "1", "--run-dir", str(self.run)]
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "from rookery.cli import main; main()",
+                *words,
+                "--quiet",
+                "--eval-every",
+                "2_000",
+                "--log-every",
+                "500",
+            ],
+            env={**os.environ, self.marker: "1", "TMPDIR": self.temporary},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_until_learning(self) -> None:
+        log = self.run / "metrics.jsonl"
+        assert eventually(lambda: log.exists() and '"learner"' in log.read_text()), self.process.poll()
+        assert len(family(self.marker)) >= 6  # itself, the server of forks, two actors, learner, evaluator
+
+    def folders_left(self) -> list[Path]:
+        return sorted(Path(self.temporary).iterdir())
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Iterator[Command]:
+    made = Command(tmp_path)
+    try:
+        yield made
+    finally:
+        for pid in family(made.marker):
+            kill(pid)
+        made.process.wait()
+        assert made.process.stdout is not None
+        made.process.stdout.close()
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_nobody(command: Command, number: signal.Signals) -> None:
+    command.wait_until_learning()
+    main = command.process.pid
+    roles = [pid for pid in family(command.marker) if pid != main and parent(pid) != main]  # children of the server
+    kill(roles[0])  # which must not leave its folder behind
+    assert eventually(lambda: '"restarted"' in (command.run / "metrics.jsonl").read_text())
+    os.kill(main, number)
+    said, _ = command.process.communicate(timeout=PATIENCE)
+    assert command.process.returncode == 128 + number, said
+    assert "rookery resume" in said
+    assert eventually(lambda: not family(command.marker)), said
+    assert command.folders_left() == []
+    reached = rookery.load(command.run).checkpoints.steps()[-1]
+    assert reached > 0
+    assert rookery.resume(command.run, steps=reached + 500, quiet=True).summary["steps"] >= reached + 500
+
+
+def test_nobody_outlives_a_killed_runtime(command: Command) -> None:
+    command.wait_until_learning()
+    command.process.kill()
+    command.process.wait()
+    assert eventually(lambda: not family(command.marker), patience=5.0), "a process is left"
+
+
+HANGING = """
+import pathlib, mortals
+from rookery.runtimes.local import Local
+from rookery.runtimes.words import Graph
+
+if __name__ == "__main__":
+    graph = Graph(0)
+    graph.role(mortals.sleeper, weights=graph.word("weights", "weights"), marker=pathlib.Path("asleep"))
+    Local(print).run(graph, lambda steps, snapshot: False)
+"""
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_ends_even_who_hangs(presses: int, tmp_path: Path) -> None:
+    marker = f"DRILL_{uuid.uuid4().hex}"
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING],
+        cwd=tmp_path,
+        env={**os.environ, marker: "1", "PYTHONPATH": path},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert eventually((tmp_path / "asleep").exists)
+        for press in range(presses):
+            time.sleep(press)
+            os.kill(process.pid, signal.SIGINT)
+        assert process.wait(PATIENCE) != 0
+        assert eventually(lambda: not family(marker))
+    finally:
+        for pid in family(marker):
+            kill(pid)
+        process.wait()
