@@ -21,6 +21,7 @@ def compiled(function: Function, graphs: bool = False) -> Function:
     if graphs and torch.cuda.is_available():
         options["triton.cudagraphs"] = True
     torch._dynamo.config.trace_autograd_ops = True  # a function may hold torch.autograd.grad
+    torch._dynamo.config.recompile_limit = 256  # each learner of a process counts, and past the limit nothing compiles
     return cast(Function, torch.compile(function, dynamic=False, options=options))
 
 
