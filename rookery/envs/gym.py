@@ -29,7 +29,7 @@ from rookery.envs.native import agent_space, lane_seeds
 from rookery.envs.spec import EnvSpec, leaves
 from rookery.envs.vector import EnvError, Obs, Step, VectorEnv
 
-__all__ = ["GymEnv", "gym_ids"]
+__all__ = ["GymEnv", "gym_ids", "register_namespace"]
 
 SUCCESS = "is_success"  # info that goal-conditioned environments have
 FAREWELL = 2.0  # seconds a worker has to close its environments before it is killed
@@ -340,7 +340,7 @@ def _registered(id: str) -> gymnasium.envs.registration.EnvSpec:
             raise ValueError(f"{id!r} asks for the module {module!r}, which cannot be imported: {error}.") from error
         id = name
     if id not in gymnasium.registry:
-        _register_namespace(id)
+        register_namespace(id)
     if id not in gymnasium.registry:
         near = difflib.get_close_matches(id, list(gymnasium.registry), 3, cutoff=0.3)
         raise ValueError(f"Gymnasium has no environment {id!r}; nearest: {', '.join(near)}.")
@@ -356,7 +356,7 @@ def _register_atari() -> None:
         gymnasium.register_envs(ale_py)
 
 
-def _register_namespace(id: str) -> None:
+def register_namespace(id: str) -> None:
     """Let the packages that declare the id's namespace as theirs register it, as Gymnasium itself did before 1.0.
 
     They do so by an entry point of the group `gymnasium.envs` that bears the namespace's name, as MinAtar's does.

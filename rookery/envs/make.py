@@ -139,6 +139,11 @@ def _fastest(id: str, lanes: int, device: torch.device, compile: bool = False) -
     if id in env_ids("tensor") and not few:
         return "tensor"  # without a look at EnvPool, which takes a second to import
     having = [backend for backend in BACKENDS if id in env_ids(backend)]
+    if not having and "/" in id:
+        from rookery.envs.gym import register_namespace
+
+        register_namespace(id)
+        having = ["gym"] if id in env_ids("gym") else []
     if not having:
         known = env_ids()
         near = difflib.get_close_matches(id, known, 3, cutoff=0.4) or difflib.get_close_matches(id, known, 3, 0.0)

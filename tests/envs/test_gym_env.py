@@ -14,6 +14,7 @@ from faulty_envs import Counter, Nest, Words
 from gymnasium import spaces
 
 from rookery.envs.gym import GymEnv, gym_ids
+from rookery.envs.make import pick
 from rookery.envs.spec import dtype_of, leaves
 from rookery.envs.vector import EnvError
 
@@ -259,6 +260,7 @@ def test_a_namespace_is_registered_by_the_package_that_declares_it(make, tmp_pat
         with pytest.raises(ValueError, match="no environment 'Others/Three-v0'"):
             make("Others/Three-v0")
         assert "counters" not in sys.modules
+        assert pick("Counters/Three-v0", 1) == "gym:Counters/Three-v0"
         for workers in (0, 1):
             assert make("Counters/Three-v0", 2, workers=workers).reset()[:, 0].tolist() == [0, 0]
     finally:
