@@ -407,11 +407,12 @@ def test_nobody_outlives_a_killed_runtime(command: Command) -> None:
 
 
 HANGING = """
-import pathlib, mortals
+import pathlib, signal, mortals
 from rookery.runtimes.local import Local
 from rookery.runtimes.words import Graph
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background begin without
     graph = Graph(0)
     graph.role(mortals.sleeper, weights=graph.word("weights", "weights"), marker=pathlib.Path("asleep"))
     Local(print).run(graph, lambda steps, snapshot: False)
