@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -147,9 +147,8 @@ class Collector:
         unroll.buffer.write({name: [value] for name, value in rest.items()}, self.T)
         unroll.version.fill_(self.version)
         valid = self._account(unroll.buffer, raw)
-        priorities = self.algorithm.priorities(unroll.batch())
-        if unroll.priority is not None and priorities is not None:
-            unroll.priority.copy_(priorities)
+        if unroll.priority is not None:
+            unroll.priority.copy_(cast(Tensor, self.algorithm.priorities(unroll.batch())))
         return valid
 
     def _collect(self, noise: Sequence[Tensor], ahead: Sequence[Tensor]) -> dict[str, list[Obs]]:

@@ -406,15 +406,17 @@ class Local:
 
     def snapshot(self) -> State:
         """The run's state once nobody is at work: what is begun is finished, nothing new is started."""
-        self._paused, self._owing = True, {id(self)}
-        while self._owing:
+        self._paused = True
+        while True:
             while self._answer_all() or not self._idle() or self._finish():
                 self._turn()
             self._owing = {id(member) for member in self.members if not member.over}
             for member in self.members:
                 self._send(member, "state")
-            while self._owing and self._idle():  # else one has died: once more
+            while self._owing and self._idle():
                 self._turn()
+            if not self._owing:  # else one has died: once more
+                break
         self._paused = False
         kept = {f"{member.spec.name}_{member.spec.index}": member.kept for member in self.members}
         return {
@@ -591,10 +593,10 @@ class Local:
         for member in self.members:
             if member.process is not None:
                 self._send(member, "end")
-        until = time.monotonic() + GRACE
+        latest = time.monotonic() + GRACE
         for member in self.members:
             if member.process is not None:
-                self._close(member, max(0.0, until - time.monotonic()))
+                self._close(member, max(0.0, latest - time.monotonic()))
 
 
 def _open_many_files() -> None:

@@ -1,6 +1,6 @@
 """Actors and a learner: actors fill unrolls, the learner learns from each once.
 
-    actor:   wait for newer weights (or take those there are, once there is a slot); wait for a free slot; fill it; put.
+    actor:   wait for a free slot; wait for newer weights, or take those there are; fill the slot; put it.
     learner: publish; get unrolls; update; release; publish ...
 
 Actors that wait for the newest weights do what is on-policy, and the run does not depend on who is faster. Those that
