@@ -21,13 +21,13 @@ STARTS = {"sac": 100, "td3": 100}  # steps before learning, as in Stable-Baselin
 
 
 def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
-    """`rookery.train` with the algorithm's defaults."""
+    """`rookery.train` with the algorithm's defaults, compiled, in float32."""
     import rookery
     from rookery.systems import find
 
     algorithm = find(spec["system"]).algorithm_class()(learning_starts=STARTS[spec["system"]])
     options = {"steps": spec["steps"], "envs": 1, "seed": spec["seed"], "device": "cpu", "threads": 1}
-    options |= {"eval_every": spec["steps"] // 10, "save_replay": False, "sinks": ()}
+    options |= {"eval_every": spec["steps"] // 10, "save_replay": False, "sinks": (), "compile": True}
     run = rookery.train(algorithm, spec["env"], quiet=True, run_dir=spec["folder"], **options)
     return {"score": run.summary["eval_return_mean"], "seconds": run.summary["seconds"]}
 
