@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,19 @@ from rookery.algorithms.base import Algorithm, Batch, Loss, Now, OnPolicy, Part,
 from rookery.data.plan import PER_SAMPLE
 from rookery.nn.compiled import compiled, precision
 
-__all__ = ["Learner", "NonFinite", "minibatches"]
+__all__ = ["Gradient", "Learner", "NonFinite", "minibatches"]
 
 
 class NonFinite(RuntimeError):
     """A NaN or infinity stopped the run before it reached the weights; names the tensor it was first seen in."""
+
+
+class Gradient(NamedTuple):
+    """What came with the gradient that lies in the parameters' `.grad`."""
+
+    loss: Loss
+    minibatch: Batch
+    moves: tuple[str, ...]  # the parts whose parameters this update moves
 
 
 class Learner:
@@ -59,6 +67,7 @@ class Learner:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.steps = self.updates = 0
         self.version = 1  # of the weights; 0 is before the first
+        self.priorities: Tensor | None = None  # of the samples that were last learnt from, `[N]`
         self._sums: dict[str, Tensor] = {}  # of the metrics not yet reported, by their names; their number comes last
         self._one = torch.ones((), device=self.device)
         self._bf16 = bf16
@@ -98,6 +107,15 @@ class Learner:
         Raises:
             NonFinite: before any weight is touched by a NaN or an infinity.
         """
+        for gradient in self.gradients(data, steps):
+            self.minimise(gradient)
+        return self.priorities
+
+    def gradients(self, data: Batch, steps: int) -> Iterator[Gradient]:
+        """What `update` does, but for the steps: gives each gradient, in the parameters' `.grad`, for you to take.
+
+        `priorities` has the samples' new ones afterwards.
+        """
         remaining = max(0.0, 1 - self.steps / self.total_steps)
         self.remaining.fill_(remaining)
         annealed = self.algorithm.learning_rate(remaining) / self.algorithm.lr
@@ -114,33 +132,42 @@ class Learner:
             loss = self._differentiate(minibatch, moves)
             if loss.stop is not None and loss.stop:
                 break
-            self._minimise(loss, minibatch, moves)
+            yield Gradient(loss, minibatch, moves)
             if loss.priorities is not None:
                 priorities.append(loss.priorities.clone())
         with torch.no_grad():
             self.algorithm.finish(self.net, data)
         self.steps = steps
         self.version += 1
-        return torch.cat(priorities) if priorities else None
+        self.priorities = torch.cat(priorities) if priorities else None
 
-    def _minimise(self, loss: Loss, minibatch: Batch, moves: tuple[str, ...]) -> None:
+    def minimise(self, gradient: Gradient) -> None:
         """One optimiser step by the gradient that is there, and the target network's."""
-        groups = [self.flat.groups[name].grad for name in moves if name in self.optimizers]
-        gradients = [gradient for gradient in groups if gradient is not None]
-        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        if not torch.isfinite(norm):
-            raise NonFinite(self._first_non_finite(loss, minibatch))
-        if self.algorithm.max_grad_norm is not None:
-            scale = (self.algorithm.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-            for gradient in gradients:
-                gradient.mul_(scale)
-        for name in moves:
+        norm = self.clip(gradient)
+        for name in gradient.moves:
             if name in self.optimizers:
                 self.optimizers[name].step()
+        self.count(gradient, norm)
+
+    def clip(self, gradient: Gradient) -> Tensor:
+        """Shorten the gradient that is there to `max_grad_norm`; gives the norm that it had, `[]`."""
+        groups = [self.flat.groups[name].grad for name in gradient.moves if name in self.optimizers]
+        gradients = [group for group in groups if group is not None]
+        norms = [torch.linalg.vector_norm(group) for group in gradients]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        if not torch.isfinite(norm):
+            raise NonFinite(self._first_non_finite(gradient.loss, gradient.minibatch))
+        if self.algorithm.max_grad_norm is not None:
+            scale = (self.algorithm.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+            for group in gradients:
+                group.mul_(scale)
+        return norm
+
+    def count(self, gradient: Gradient, norm: Tensor) -> None:
+        """Note an update that was made: its number, its metrics, and the target network's move where one is due."""
         self.updates += 1
         self._move_target()
-        self._add({**loss.metrics, "grad_norm": norm})
+        self._add({**gradient.loss.metrics, "grad_norm": norm})
 
     @torch.no_grad()
     def _move_target(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from rookery.evaluator import Evaluation, Evaluator
 from rookery.runs.checkpoint import CheckpointError, Checkpoints
 from rookery.runs.folder import RunFolder, RunFolderError
 from rookery.settings import EnvLike, Options, as_dataclass, device_of
-from rookery.systems import find
+from rookery.systems import SYSTEMS, System, find, system_of
 
-__all__ = ["MakeEnv", "MakeNet", "Policy", "Run", "build", "evaluate", "load", "threads"]
+__all__ = ["MakeEnv", "MakeNet", "Policy", "Run", "build", "evaluate", "layout", "load", "threads"]
+
+LAYOUT = ("actors", "learners", "shards", "max_delay", "outliers")  # options that a topology is wired by
 
 
 @dataclass(frozen=True)
@@ -261,11 +264,28 @@ def build(
             f"learning_starts={plan.learning_starts} leaves nothing of the {options.steps} steps to learn in; use more "
             f"steps, or learning_starts={max(1, options.steps // 10)}."
         )
+    layout(system_of(name, algorithm), options)
     if not isinstance(plan, ReplayPlan) and options.replay_memory != "device":
         raise Refused(f"replay_memory={options.replay_memory!r}: {name} learns from no replay; leave it out.")
     make_net = MakeNet(algorithm, spec, network, options.seed, options.device)
     make_net()  # what does not fit says so here
     return Run(RunFolder(Path()), algorithm, MakeEnv(env, options), make_net), options
+
+
+def layout(system: System, options: Options) -> dict[str, Any]:
+    """How many of each role there are, as the system's topology takes it.
+
+    Raises:
+        Refused: if it has no use for one that is set.
+    """
+    takes = inspect.signature(system.wire).parameters
+    for each in dataclasses.fields(Options):
+        value = getattr(options, each.name)
+        if each.name in LAYOUT and each.name not in takes and value != each.default:
+            others = [other.name for other in SYSTEMS.values() if each.name in inspect.signature(other.wire).parameters]
+            where = f"it is for {', '.join(others)}" if others else "leave it out"
+            raise Refused(f"{each.name}={value}: {system.name} runs as {system.topology}, which has none; {where}.")
+    return {name: getattr(options, name) for name in LAYOUT if name in takes}
 
 
 @contextmanager

@@ -30,6 +30,10 @@ class Options:
     envs: int = 8  # lanes of each actor
     seed: int = 0  # of environments, networks, exploration and shuffling
     actors: int = 1  # each with its own lanes
+    learners: int = 1  # that learn in parallel, each from its share of the actors
+    shards: int = 1  # of a parameter server, each with its share of the parameters
+    max_delay: int = 0  # updates since its weights were read, above which a shard drops a gradient; 0 keeps all
+    outliers: float = 0.0  # deviations above the mean loss, above which a gradient is dropped; 0 keeps all
     runtime: Literal["inline", "local"] = "inline"  # where the roles run: in turn in this process, or each in its own
     device: str = "auto"  # "auto" takes a GPU if there is one
     precision: Literal["auto", "float32", "bf16"] = "auto"  # of encoders; "auto" takes bf16 for images where it is fast
@@ -48,8 +52,9 @@ class Options:
     sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)  # beside metrics.jsonl
 
     def __post_init__(self) -> None:
-        least_of = dict.fromkeys(("steps", "envs", "actors", "eval_episodes"), 1)
+        least_of = dict.fromkeys(("steps", "envs", "actors", "learners", "shards", "eval_episodes"), 1)
         least_of |= dict.fromkeys(("seed", "threads", "frame_stack", "log_every", "eval_every"), 0)
+        least_of |= dict.fromkeys(("max_delay", "outliers"), 0)
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; use {least} or more.")

@@ -9,10 +9,15 @@ from functools import cache
 from importlib import import_module, resources
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from rookery.algorithms.base import Algorithm
+from rookery.data.plan import ReplayPlan
 
-__all__ = ["SYSTEMS", "System", "find", "recipe"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rookery.algorithms.base import Algorithm
+    from rookery.runtimes.words import Graph
+
+__all__ = ["SYSTEMS", "System", "find", "recipe", "system_of"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,11 @@ class System:
         """The algorithm's dataclass."""
         module, _, name = self.algorithm.partition(":")
         return getattr(import_module(f"rookery.algorithms.{module}"), name)
+
+    @property
+    def wire(self) -> Callable[..., Graph]:
+        """What wires the topology's roles: of a `Setting`, a seed, and the numbers that it takes by name."""
+        return import_module(f"rookery.topologies.{self.topology}").wire
 
 
 RAINBOW = {"double": True, "dueling": True, "noisy": True, "n_step": 3, "alpha": 0.5}  # Hessel et al. 2018, table 1
@@ -68,6 +78,14 @@ def find(name: str) -> System:
         return SYSTEMS[name.lower()]
     near = difflib.get_close_matches(name.lower(), SYSTEMS, 3, 0.5) or list(SYSTEMS)
     raise ValueError(f"no system {name!r}; nearest: {', '.join(near)} (`rookery list systems` shows all).")
+
+
+def system_of(name: str, algorithm: Algorithm) -> System:
+    """The system of that name; for an algorithm that is none of ours, the topology that its data plan needs."""
+    if name in SYSTEMS:
+        return SYSTEMS[name]
+    replay = isinstance(algorithm.plan, ReplayPlan)
+    return System(name, "", "your own", topology="actors_replay_learner" if replay else "actors_learner")
 
 
 def recipe(system: str, env: str) -> dict[str, Any]:

@@ -7,13 +7,11 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 from rookery.algorithms.base import Algorithm, Network
-from rookery.data.plan import ReplayPlan
-from rookery.run import Run, build, load, threads
+from rookery.run import Run, build, layout, load, threads
 from rookery.runs.checkpoint import Checkpoints
 from rookery.runs.folder import RunFolder
 from rookery.runs.metrics import MetricsLog
@@ -23,7 +21,7 @@ from rookery.runs.sinks import open_sink
 from rookery.runtimes.inline import Inline
 from rookery.runtimes.local import Local
 from rookery.settings import EnvLike, Options, env_name, resolve
-from rookery.systems import SYSTEMS, find
+from rookery.systems import SYSTEMS, find, system_of
 from rookery.topologies.actors_learner import ReplaySetting, Setting, crosses
 
 __all__ = ["resume", "train"]
@@ -122,9 +120,8 @@ def execute(run: Run, name: str, options: Options, quiet: bool = False, saved: d
             run._make_net.spec.goal_reward,
         ),
     )
-    topology = "actors_replay_learner" if isinstance(run.algorithm.plan, ReplayPlan) else "actors_learner"
-    topology = find(name).topology if name in SYSTEMS else topology
-    graph = import_module(f"rookery.topologies.{topology}").wire(setting, options.seed, options.actors)
+    system = system_of(name, run.algorithm)
+    graph = system.wire(setting, options.seed, **layout(system, options))
     try:
         with threads(options.threads), Keeper(run, options, quiet, saved) as keeper:
             runtime = (

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from rookery.runtimes.limiter import RateLimiter
-from rookery.runtimes.words import Graph, Part, Published, RoleSpec, Stateful, WordSpec
+from rookery.runtimes.words import Graph, Part, Published, RoleSpec, Stateful
 
 __all__ = ["Deadlock", "Inline", "RoleError", "role_seed", "until"]
 
@@ -83,11 +83,17 @@ class InlineQueue:
 class InlineWeights:
     """`Weights` within one process."""
 
-    def __init__(self) -> None:
+    def __init__(self, once: bool = False) -> None:
         self._newest: Published | None = None
+        self._once = once
 
     def publish(self, version: int, values: Any, steps: int) -> None:
-        self._newest = Published(version, values, steps)
+        if not self._stays:
+            self._newest = Published(version, values, steps)
+
+    @property
+    def _stays(self) -> bool:
+        return self._once and self._newest is not None
 
     async def newer_than(self, version: int) -> Published:
         await until(
@@ -288,8 +294,7 @@ class Inline:
     def _start(self, spec: RoleSpec, words: dict[str, Any], seed: int, saved: State | None) -> InlineRole:
         state = None if saved is None else saved["roles"].get(f"{spec.name}_{spec.index}")
         role = InlineRole(spec, seed, self, state)
-        args = {key: words[value.name] if isinstance(value, WordSpec) else value for key, value in spec.args.items()}
-        role.coroutine = spec.function(role, **args)
+        role.coroutine = spec.function(role, **spec.arguments(lambda word: words[word.name]))
         return role
 
     def _round(self, roles: list[InlineRole]) -> bool:

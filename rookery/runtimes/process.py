@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rookery.runtimes.boxes import copied, fits, packed, pour, unpacked
-from rookery.runtimes.words import Part, Published, RoleSpec, Stateful, WordSpec
+from rookery.runtimes.words import Part, Published, RoleSpec, Stateful
 
 __all__ = ["Link", "main"]
 
@@ -218,8 +218,7 @@ def main(connection: Connection, spec: RoleSpec, seed: int, saved: dict[str, Any
 
 def _play(link: Link, spec: RoleSpec, seed: int, saved: dict[str, Any] | None) -> None:
     """Run the role to its end."""
-    made = {value.name: WORDS[value.kind](link, value.name) for value in spec.args.values() if _is_word(value)}
-    args = {key: made[value.name] if _is_word(value) else value for key, value in spec.args.items()}
+    args = spec.arguments(lambda word: WORDS[word.kind](link, word.name))
     coroutine: Any = spec.function(LinkedRole(link, spec, seed, None if saved is None else unpacked(saved)), **args)
     try:
         coroutine.send(None)  # its words wait inside
@@ -228,10 +227,6 @@ def _play(link: Link, spec: RoleSpec, seed: int, saved: dict[str, Any] | None) -
     finally:
         coroutine.close()
     raise RuntimeError(f"{spec.name} awaits something that is not a word; use only the words handed to it.")
-
-
-def _is_word(value: Any) -> bool:
-    return isinstance(value, WordSpec)
 
 
 def _die_with_parent() -> None:

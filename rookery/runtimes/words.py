@@ -51,7 +51,11 @@ class Queue(Protocol):
 
 
 class Weights(Protocol):
-    """The newest value, with a version."""
+    """The newest value, with a version.
+
+    With the option `once` the first value that is published stays: everybody who reads it shares its memory, and may
+    write to it.
+    """
 
     def publish(self, version: int, values: Any, steps: int) -> None: ...
 
@@ -122,8 +126,22 @@ class RoleSpec:
     function: Callable[..., Awaitable[None]]
     name: str
     index: int
-    args: dict[str, Any]  # WordSpecs among them are replaced by the words
+    args: dict[str, Any]  # WordSpecs among them, and in tuples among them, are replaced by the words
     ends_run: bool = False  # when this role returns, the run is over
+
+    def arguments(self, word: Callable[[WordSpec], Any]) -> dict[str, Any]:
+        """The arguments, with `word` of each WordSpec in its place."""
+
+        def placed(value: Any) -> Any:
+            if isinstance(value, WordSpec):
+                return word(value)
+            return tuple(map(placed, value)) if isinstance(value, tuple) and _words_in(value) else value
+
+        return {name: placed(value) for name, value in self.args.items()}
+
+
+def _words_in(values: tuple[Any, ...]) -> bool:
+    return any(isinstance(value, WordSpec) for value in values)
 
 
 @dataclass

@@ -31,7 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "learner": FOUNDATION,
     "evaluator": FOUNDATION,
     "topologies": (*COMMON_USE, *FOUNDATION, "runtimes"),
-    "systems": ("topologies", "algorithms", "recipes"),
+    "systems": ("topologies", "algorithms", "data", "recipes"),
     "settings": ("systems", *FOUNDATION),
     "run": ("settings", "systems", "evaluator", *FOUNDATION, "runs"),
     "train": ("run", "settings", "systems", "topologies", *COMMON_USE, *FOUNDATION, "runs", "runtimes"),
