@@ -42,7 +42,7 @@ def lagged(lag: int) -> Callable[..., Any]:
 
     def wire(setting: Any, seed: int, actors: int) -> Graph:
         graph = Graph(seed)
-        words = {"weights": graph.word("weights", "weights"), "unrolls": graph.word("queue", "unrolls", capacity=1)}
+        words = {"weights": graph.word("weights", "weights"), "unrolls": graph.word("queue", "unrolls", each=1)}
         graph.role(lagging, setting=setting, **words)
         graph.role(learner, setting=setting, count=1, ends_run=True, **words)
         return graph

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "train": "rookery.train",
     "resume": "rookery.train",
+    "rerun": "rookery.rerun",
     "load": "rookery.run",
     "evaluate": "rookery.run",
     "Run": "rookery.run",
@@ -46,7 +47,8 @@ def __dir__() -> list[str]:
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
         """`rookery.train` is the function, though importing the module of that name would put the module there."""
-        super().__setattr__(name, value.train if name == "train" and isinstance(value, ModuleType) else value)
+        is_function = name in ("train", "rerun") and isinstance(value, ModuleType)
+        super().__setattr__(name, getattr(value, name) if is_function else value)
 
 
 sys.modules[__name__].__class__ = _Package

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,10 +17,11 @@ from rookery.envs.vector import Obs, VectorEnv
 from rookery.estimators import linear_recurrence
 from rookery.nn.compiled import compiled, precision
 
-__all__ = ["Collector", "Unroll"]
+__all__ = ["Collector", "Unroll", "joined"]
 
 COLUMNS = ("reward", "terminated", "truncated", "valid")
 CHUNK = 8  # rows that are compiled as one function; more rows a call cost less, and compile longer
+Result = TypeVar("Result")
 
 
 class Unroll:
@@ -50,8 +52,18 @@ class Unroll:
             value.copy_(saved) if isinstance(value, Tensor) else value.update_(saved)
 
 
+def joined(unrolls: Sequence[Unroll]) -> dict[str, Any]:
+    """Unrolls side by side, as one batch of all their lanes; a single one is not copied."""
+    batches = [unroll.batch() for unroll in unrolls]
+    if len(batches) == 1:
+        return batches[0]
+    return {name: torch.cat([batch[name] for batch in batches], dim=int(name != "state")) for name in batches[0]}
+
+
 class Collector:
     """Steps an environment with an algorithm's policy, T rows at a time.
+
+    `seconds` has how long was spent in the environment and in acting so far; on a GPU, in issuing their work.
 
     Args:
         net: acts; the collector keeps it to itself, and fills it by `load`.
@@ -78,13 +90,18 @@ class Collector:
         self.returns: list[float] = []  # of the episodes that ended since they were last taken
         self.lengths: list[int] = []
         self.steps = 0  # valid ones so far
+        self.seconds: dict[str, float] = defaultdict(float)  # by activity
         self._flat, self.version = flat(algorithm, self.net), 0
         self._bf16 = bf16
         self._tensor_env = env.innermost if isinstance(env.innermost, TensorEnv) else None
         whole = compile and self._tensor_env is not None  # rows of acting and stepping, not acting alone
         self._chunk = next(n for n in range(CHUNK, 0, -1) if steps % n == 0) if whole else steps
-        self._act = compiled(self._choose, graphs) if compile and not whole else self._choose
-        self._rows = compiled(self._collect, graphs) if whole else self._collect
+        self._act, self._step, self._rows = self._choose, env.step, self._collect
+        if whole:  # no clock inside what is compiled
+            self._rows = self._timed("environment and inference", compiled(self._collect, graphs))
+        else:
+            self._act = self._timed("inference", compiled(self._choose, graphs) if compile else self._choose)
+            self._step = self._timed("environment", env.step)
         self._scale = torch.ones(env.lanes, device=env.device)  # of exploration
         self._obs = env.reset(seed)
         self._state = net.initial_state(env.lanes, env.device)
@@ -100,6 +117,17 @@ class Collector:
     def _choose(self, obs: Obs, state: Tensor, noise: Tensor) -> Acted:
         with precision(self.env.device, self._bf16):
             return self.algorithm.act(self.net, obs, state, Explore(noise, self._scale))
+
+    def _timed(self, activity: str, function: Callable[..., Result]) -> Callable[..., Result]:
+        """The function, whose seconds count as that activity."""
+
+        def timed(*args: Any) -> Result:
+            began = time.perf_counter()
+            result = function(*args)
+            self.seconds[activity] += time.perf_counter() - began
+            return result
+
+        return timed
 
     def load(self, version: int, values: dict[str, Tensor]) -> None:
         """Act with these weights from now on."""
@@ -143,7 +171,7 @@ class Collector:
             self._tensor_env.noise = None
         rest = {"obs": self._obs, "start": self._start}
         if unroll.records:  # these lanes act again, with newer weights: this is for the record alone
-            rest |= self._choose(self._obs, self._state, noise[-1]).record
+            rest |= self._timed("inference", self._choose)(self._obs, self._state, noise[-1]).record
         unroll.buffer.write({name: [value] for name, value in rest.items()}, self.T)
         unroll.version.fill_(self.version)
         valid = self._account(unroll.buffer, raw)
@@ -158,7 +186,7 @@ class Collector:
             if self._tensor_env is not None:
                 self._tensor_env.noise = ahead[index]
             acted = self._act(self._obs, self._state, own)
-            step = self.env.step(acted.action)
+            step = self._step(acted.action)
             row = {"obs": self._obs, "start": self._start, "action": acted.action, **acted.record, **step.columns()}
             for name, value in row.items():
                 rows[name].append(value)

@@ -21,9 +21,11 @@ USAGE = """usage: rookery VERB ...
 
   train SYSTEM ENV [flags]     train; `rookery train ppo CartPole-v1 --help` shows every flag
   resume RUN [--steps N]       go on from the last checkpoint
+  rerun RUN [--until N]        repeat a run with processes in one, in the order in which everything arrived
   eval RUN [--episodes N] [--json]
   video RUN                    record an episode
-  plot RUN ...                 learning curve of a run, or mean and interval of several
+  watch RUN [--once]           who is busy, what flows where, and what limits the run, live
+  plot RUN ...                 learning curve and topology of a run, or mean and interval of several
   list systems|envs
   check-env ENV                does an environment keep the stream convention?
 
@@ -77,6 +79,17 @@ class Resume:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rerun:
+    """Repeat a run of the local runtime in one process, in the order in which everything arrived, and compare."""
+
+    run: Path  # the run's folder
+    until: int | None = None  # stop after so many updates of the learner
+    run_dir: Path | None = None  # a new folder; by default under runs/
+    env: str | None = None  # module:Name, for a run on an environment of your own
+    quiet: bool = False  # no progress display
+
+
+@dataclasses.dataclass(frozen=True)
 class Eval:
     """Play whole episodes with the greedy policy of a checkpoint, and say what they return."""
 
@@ -99,11 +112,19 @@ class Video:
 
 
 @dataclasses.dataclass(frozen=True)
+class Watch:
+    """Show how busy a run's roles are, what flows between them and what limits it, until it is over."""
+
+    run: Path  # the run's folder
+    once: bool = False  # print one picture; so it is, too, where there is no terminal
+
+
+@dataclasses.dataclass(frozen=True)
 class Plot:
-    """Draw the learning curve of a run, or the mean and interval of several."""
+    """Draw the learning curve of a run and its topology with what was measured, or the mean and interval of several."""
 
     runs: tuple[Path, ...]  # the runs' folders
-    out: Path = Path("comparison.png")  # the picture of several; that of one goes into its folder
+    out: Path = Path("comparison.png")  # the picture of several; those of one go into its folder
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -177,6 +198,24 @@ def resume(words: list[str]) -> None:
     _finish(go_on(given.run, steps=given.steps, env=given.env, quiet=given.quiet))
 
 
+def rerun(words: list[str]) -> None:
+    """`rookery rerun RUN [--until N]`."""
+    given = _parse(Rerun, "rerun", words)
+    from rookery.rerun import differences
+    from rookery.rerun import rerun as repeat
+    from rookery.run import load
+
+    again = repeat(given.run, until=given.until, run_dir=given.run_dir, env=given.env, quiet=given.quiet)
+    original = load(given.run, env=given.env)
+    if again.summary["steps"] != original.summary["steps"]:
+        print(f"Stopped at step {again.summary['steps']:,}; the checkpoint there is in {again.path}.")
+        return
+    unlike = differences(original, again)
+    print(
+        f"{again.path} learnt something else: {', '.join(unlike)}" if unlike else f"{again.path} is equal, bit for bit."
+    )
+
+
 def evaluate(words: list[str]) -> None:
     """`rookery eval RUN [--episodes N] [--json] [--which latest|best]`."""
     given = _parse(Eval, "eval", words)
@@ -198,14 +237,28 @@ def video(words: list[str]) -> None:
     print(load(given.run, env=given.env).record_video(given.steps, given.seed))
 
 
+def watch(words: list[str]) -> None:
+    """`rookery watch RUN [--once]`."""
+    given = _parse(Watch, "watch", words)
+    from rookery.runs.watch import watch as show_live
+
+    show_live(given.run, given.once)
+
+
 def plot(words: list[str]) -> None:
     """`rookery plot RUN ... [--out FILE]`."""
     given = _parse(Plot, "plot", words)
+    from rookery.runs.flowchart import plot_topology
     from rookery.runs.plots import plot_run, plot_runs
 
     if not given.runs:
         raise ValueError("plot takes one run folder or several, such as `rookery plot runs/*`.")
-    print(plot_run(given.runs[0]) if len(given.runs) == 1 else plot_runs(list(given.runs), given.out))
+    if len(given.runs) > 1:
+        print(plot_runs(list(given.runs), given.out))
+        return
+    for picture in (plot_run(given.runs[0]), plot_topology(given.runs[0])):
+        if picture is not None:  # what an older version ran was not measured
+            print(picture)
 
 
 def show(words: list[str]) -> None:
@@ -259,6 +312,7 @@ def _finish(run: Run) -> None:
         f"{summary['eval_return_std']:.1f} over {summary['eval_episodes']} episodes, {summary['steps']:,} steps in "
         f"{summary['seconds']:.1f} s."
     )
+    print(f"limit       {summary['bottleneck']['limit']}: {summary['bottleneck']['because']}")
     print(f"curve       {run.plot()}")
     try:
         print(f"video       {run.record_video()}")
@@ -270,8 +324,10 @@ def _finish(run: Run) -> None:
 VERBS = {
     "train": train,
     "resume": resume,
+    "rerun": rerun,
     "eval": evaluate,
     "video": video,
+    "watch": watch,
     "plot": plot,
     "list": show,
     "check-env": check_env,

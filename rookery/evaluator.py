@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ class Evaluator:
         self.algorithm, self.net, self.env, self.greedy = algorithm, net.requires_grad_(False), env, greedy
         self.generator = torch.Generator(env.device).manual_seed(seed)
         self.due = 0  # steps at which the next evaluation falls due
+        self.seconds = {"evaluation": 0.0}
         self._flat = flat(algorithm, self.net)
         self._bf16 = bf16
 
@@ -64,7 +66,7 @@ class Evaluator:
         Raises:
             RuntimeError: if an episode takes more than `limit` steps.
         """
-        each = -(-episodes // self.env.lanes)
+        began, each = time.perf_counter(), -(-episodes // self.env.lanes)
         sums = torch.zeros(3, self.env.lanes, device=self.env.device)  # return, length, success
         found: list[list[list[float]]] = [[] for _ in range(self.env.lanes)]  # of a lane's episodes, `sums`
         obs, state = self.env.reset(), self.net.initial_state(self.env.lanes, self.env.device)
@@ -84,6 +86,7 @@ class Evaluator:
                     found[lane].append(sums[:, lane].tolist())
                 sums.masked_fill_(ended, 0)
                 if all(len(lane) >= each for lane in found):
+                    self.seconds["evaluation"] += time.perf_counter() - began
                     columns = zip(*(episode for lane in found for episode in lane[:each]), strict=True)
                     returns, lengths, successes = map(list, columns)
                     return Evaluation(returns, [*map(int, lengths)], None if np.isnan(successes).any() else successes)

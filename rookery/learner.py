@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -30,6 +31,9 @@ class Gradient(NamedTuple):
 
 class Learner:
     """The network being learnt, its optimiser and its slow copy, and one round of updates at a time.
+
+    `seconds` has how long was spent in learning so far; on a GPU, in issuing its work, and waiting for the gradient's
+    norm.
 
     Args:
         net: from `algorithm.networks`, on the device to learn on.
@@ -66,6 +70,7 @@ class Learner:
         self.remaining = torch.ones((), device=self.device)  # share of the run ahead
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.steps = self.updates = 0
+        self.seconds = {"learning": 0.0}
         self.version = 1  # of the weights; 0 is before the first
         self.priorities: Tensor | None = None  # of the samples that were last learnt from, `[N]`
         self._sums: dict[str, Tensor] = {}  # of the metrics not yet reported, by their names; their number comes last
@@ -116,11 +121,8 @@ class Learner:
 
         `priorities` has the samples' new ones afterwards.
         """
-        remaining = max(0.0, 1 - self.steps / self.total_steps)
-        self.remaining.fill_(remaining)
-        annealed = self.algorithm.learning_rate(remaining) / self.algorithm.lr
-        for name, lr in self.lr.items():
-            lr.fill_((self.parts[name].lr or self.algorithm.lr) * annealed)
+        began = time.perf_counter()
+        self.anneal()
         plan, priorities = self.algorithm.plan, []
         rows = data
         if isinstance(plan, OnPolicy):
@@ -128,11 +130,13 @@ class Learner:
                 rows = self.algorithm.prepare(self.net, data)
         for minibatch in minibatches(plan, rows, self.generator):
             minibatch |= self.algorithm.noise(self.net, minibatch, self.generator)
-            moves = tuple(name for name, part in self.parts.items() if (self.updates + 1) % part.every == 0)
+            moves = self.moves()
             loss = self._differentiate(minibatch, moves)
             if loss.stop is not None and loss.stop:
                 break
+            self.seconds["learning"] += time.perf_counter() - began
             yield Gradient(loss, minibatch, moves)
+            began = time.perf_counter()
             if loss.priorities is not None:
                 priorities.append(loss.priorities.clone())
         with torch.no_grad():
@@ -140,19 +144,33 @@ class Learner:
         self.steps = steps
         self.version += 1
         self.priorities = torch.cat(priorities) if priorities else None
+        self.seconds["learning"] += time.perf_counter() - began
+
+    def anneal(self) -> None:
+        """Set what changes over the run to where it stands."""
+        remaining = max(0.0, 1 - self.steps / self.total_steps)
+        self.remaining.fill_(remaining)
+        annealed = self.algorithm.learning_rate(remaining) / self.algorithm.lr
+        for name, lr in self.lr.items():
+            lr.fill_((self.parts[name].lr or self.algorithm.lr) * annealed)
+
+    def moves(self) -> tuple[str, ...]:
+        """The parts whose parameters the next update moves."""
+        return tuple(name for name, part in self.parts.items() if (self.updates + 1) % part.every == 0)
 
     def minimise(self, gradient: Gradient) -> None:
         """One optimiser step by the gradient that is there, and the target network's."""
+        began = time.perf_counter()
         norm = self.clip(gradient)
         for name in gradient.moves:
             if name in self.optimizers:
                 self.optimizers[name].step()
         self.count(gradient, norm)
+        self.seconds["learning"] += time.perf_counter() - began
 
     def clip(self, gradient: Gradient) -> Tensor:
         """Shorten the gradient that is there to `max_grad_norm`; gives the norm that it had, `[]`."""
-        groups = [self.flat.groups[name].grad for name in gradient.moves if name in self.optimizers]
-        gradients = [group for group in groups if group is not None]
+        gradients = [group for name, group in self.flat.gradients.items() if name in gradient.moves]
         norms = [torch.linalg.vector_norm(group) for group in gradients]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         if not torch.isfinite(norm):
@@ -201,6 +219,14 @@ class Learner:
     def values(self) -> dict[str, Tensor]:
         """A copy of the weights to publish."""
         return self.flat.snapshot()
+
+    def follow(self, updates: int, values: dict[str, Tensor], steps: int) -> None:
+        """Be where another learner is after so many updates and steps."""
+        self.flat.restore(values)
+        while self.updates < updates:
+            self.updates += 1
+            self._move_target()
+        self.steps = steps
 
     def _first_non_finite(self, loss: Loss, minibatch: Batch) -> str:
         """Which tensor a NaN was first in, in order of the computation: data, weights, metrics, gradients."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -264,7 +263,7 @@ def build(
             f"learning_starts={plan.learning_starts} leaves nothing of the {options.steps} steps to learn in; use more "
             f"steps, or learning_starts={max(1, options.steps // 10)}."
         )
-    layout(system_of(name, algorithm), options)
+    layout(system_of(name, algorithm), algorithm, options)
     if not isinstance(plan, ReplayPlan) and options.replay_memory != "device":
         raise Refused(f"replay_memory={options.replay_memory!r}: {name} learns from no replay; leave it out.")
     make_net = MakeNet(algorithm, spec, network, options.seed, options.device)
@@ -272,20 +271,22 @@ def build(
     return Run(RunFolder(Path()), algorithm, MakeEnv(env, options), make_net), options
 
 
-def layout(system: System, options: Options) -> dict[str, Any]:
+def layout(system: System, algorithm: Algorithm, options: Options) -> dict[str, Any]:
     """How many of each role there are, as the system's topology takes it.
 
     Raises:
-        Refused: if it has no use for one that is set.
+        Refused: if it has no use for one that is set, or they do not fit the algorithm.
     """
-    takes = inspect.signature(system.wire).parameters
     for each in dataclasses.fields(Options):
         value = getattr(options, each.name)
-        if each.name in LAYOUT and each.name not in takes and value != each.default:
-            others = [other.name for other in SYSTEMS.values() if each.name in inspect.signature(other.wire).parameters]
-            where = f"it is for {', '.join(others)}" if others else "leave it out"
+        if each.name in LAYOUT and each.name not in system.takes and value != each.default:
+            others = ", ".join(other.name for other in SYSTEMS.values() if each.name in other.takes)
+            where = f"it is for {others}" if others else "leave it out"
             raise Refused(f"{each.name}={value}: {system.name} runs as {system.topology}, which has none; {where}.")
-    return {name: getattr(options, name) for name in LAYOUT if name in takes}
+    numbers = {name: getattr(options, name) for name in LAYOUT if name in system.takes}
+    if hasattr(system.module, "check"):
+        system.module.check(algorithm, options.envs, **numbers)
+    return numbers
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import tomllib
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,10 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rookery.data.plan import ReplayPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rookery.algorithms.base import Algorithm
-    from rookery.runtimes.words import Graph
 
 __all__ = ["SYSTEMS", "System", "find", "recipe", "system_of"]
 
@@ -27,7 +25,7 @@ class System:
     name: str
     algorithm: str  # module:class below rookery.algorithms, imported when it is used
     about: str
-    preset: dict[str, Any] = field(default_factory=dict)  # settings of the algorithm that make the system
+    preset: dict[str, Any] = field(default_factory=dict)  # settings that make the system
     topology: str = "actors_replay_learner"  # module below rookery.topologies
 
     def algorithm_class(self) -> type[Algorithm]:
@@ -36,30 +34,48 @@ class System:
         return getattr(import_module(f"rookery.algorithms.{module}"), name)
 
     @property
-    def wire(self) -> Callable[..., Graph]:
-        """What wires the topology's roles: of a `Setting`, a seed, and the numbers that it takes by name."""
-        return import_module(f"rookery.topologies.{self.topology}").wire
+    def module(self) -> Any:
+        """The topology: `wire` makes its graph of a `Setting`, a seed, and the numbers of roles that it takes by name.
+
+        `check`, if there is one, refuses numbers that do not fit an algorithm and the lanes of an actor.
+        """
+        return import_module(f"rookery.topologies.{self.topology}")
+
+    @property
+    def takes(self) -> set[str]:
+        """The numbers of roles, and what else the topology is wired by."""
+        return set(inspect.signature(self.module.wire).parameters) - {"setting", "seed"}
 
 
 RAINBOW = {"double": True, "dueling": True, "noisy": True, "n_step": 3, "alpha": 0.5}  # Hessel et al. 2018, table 1
 # Horgan et al. 2018, section 4.1 and appendix C; `ahead` stands for its actors that are never held up.
 APEX = {"double": True, "dueling": True, "n_step": 3, "alpha": 0.6, "actor_priorities": True, "ahead": 2}
 APEX |= {"epsilon": 0.4, "ladder": 7.0, "batch": 512, "max_grad_norm": 40.0}
+# The same, appendix D; n is of what is said of it, noise has one σ.
+APEX_DPG = {"n_step": 5, "alpha": 0.6, "actor_priorities": True, "ahead": 2, "batch": 256, "lr": 1e-4, "sigma": 0.3}
+APEX_DPG |= {"target_period": 100, "tau": 1.0}
+# Nair et al. 2015: AdaGrad at the server, and both safeguards, whose numbers are not theirs.
+GORILA = {"adagrad": True, "lr": 0.03, "max_delay": 100, "outliers": 5.0}
 # One pass over an unroll: what older weights did is learnt from once.
 APPO = {"vtrace": True, "epochs": 1}
+# Mnih et al. 2016, whose t_max, γ, β and α of RMSProp are A2C's defaults; they had 16 workers, of one lane each.
+A3C = {"learners": 4}
 
 TABLE = (
     System("ppo", "ppo:PPO", "clipped surrogate, several epochs an unroll", topology="actors_learner"),
     System("a2c", "a2c:A2C", "one policy-gradient step an unroll", topology="actors_learner"),
     System("impala", "impala:IMPALA", "actors that never wait, corrected by V-trace", topology="actors_learner"),
     System("appo", "ppo:PPO", "PPO whose actors never wait, corrected by V-trace", APPO, "actors_learner"),
+    System("a3c", "a2c:A2C", "workers that act, and step shared weights without locks", A3C, "hogwild"),
     System("dqn", "dqn:DQN", "Q-learning from replay, with later papers' parts as settings"),
     System("c51", "c51:C51", "the distribution of returns on fixed atoms"),
     System("qr_dqn", "qr_dqn:QRDQN", "the distribution of returns by fixed quantiles"),
     System("iqn", "iqn:IQN", "the distribution of returns by sampled quantiles"),
     System("rainbow", "c51:C51", "C51, double, dueling, noisy, prioritised, three-step", RAINBOW),
     System("apex", "dqn:DQN", "many actors on a ladder of ε, one prioritised replay, one learner", APEX),
+    System("gorila", "dqn:DQN", "bundles of actor, replay, learner; parameters in shards", GORILA, "parameter_server"),
     System("ddpg", "ddpg:DDPG", "a deterministic policy up the gradient of Q"),
+    System("apex_dpg", "ddpg:DDPG", "Ape-X with DDPG in Q-learning's place", APEX_DPG),
     System("td3", "td3:TD3", "DDPG with twin critics, smoothed targets, a delayed policy"),
     System("sac", "sac:SAC", "twin critics and a policy of high entropy, continuous or discrete"),
     System("d4pg", "d4pg:D4PG", "DDPG with a distribution of n-step returns"),

@@ -7,26 +7,35 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from rookery.algorithms.base import Algorithm, Network
 from rookery.run import Run, build, layout, load, threads
+from rookery.runs.account import account, condensed, flat, since
 from rookery.runs.checkpoint import Checkpoints
 from rookery.runs.folder import RunFolder
-from rookery.runs.metrics import MetricsLog
+from rookery.runs.metrics import RUNTIME, MetricsLog
 from rookery.runs.progress import Progress
 from rookery.runs.recorder import Recorder
 from rookery.runs.sinks import open_sink
+from rookery.runtimes.arrivals import Arrivals
 from rookery.runtimes.inline import Inline
 from rookery.runtimes.local import Local
 from rookery.settings import EnvLike, Options, env_name, resolve
 from rookery.systems import SYSTEMS, find, system_of
-from rookery.topologies.actors_learner import ReplaySetting, Setting, crosses
+from rookery.topologies.setting import ReplaySetting, Setting, crosses
 
 __all__ = ["resume", "train"]
 
+MakeRuntime = Callable[[Callable[[str, int, int, dict[str, Any]], None]], Inline | Local]
+
+ARRIVALS = "arrivals"  # the folder of records of who came when, named by the first step and the budget
 REPLAY = "replay"  # the folder of a replay that lies in files
+# Of an account, in the summary.
+MEASURED = ("bottleneck", "roles", "words", "flows", "restarts", "dropped", "processes", "cores", "cores_busy")
+SOON, LATE = 2.0, 10.0  # seconds between two rows of the runtime, at least and at most
 
 
 def train(
@@ -85,20 +94,33 @@ def resume(
     others episodes begin anew. An own algorithm, environment or network is code, which no run folder holds: hand it in.
     """
     run = load(path, algorithm=algorithm, env=env, network=network)
-    options, saved = run._make_env.options, run.saved()
+    options, saved = run._make_env.options, saved_whole(run)
     over = (run.path / "summary.json").exists() and not run.summary["interrupted"]
     if over and saved["steps"] >= (steps or options.steps):
         return run
-    replay = run.checkpoints.replay(saved["steps"])
-    if replay is not None:
-        saved["run"]["words"]["replay"]["store"] = replay
     options = options if steps is None else dataclasses.replace(options, steps=steps)
     fields = {"class": type(run.algorithm).__name__, **dataclasses.asdict(cast(Any, run.algorithm))}
     run.folder.write_config({**run.config, "algorithm": fields, "options": dataclasses.asdict(options)})
     return execute(run, run.config["system"], options, quiet=quiet, saved=saved)
 
 
-def execute(run: Run, name: str, options: Options, quiet: bool = False, saved: dict[str, Any] | None = None) -> Run:
+def saved_whole(run: Run) -> dict[str, Any]:
+    """The state in the newest checkpoint, replay included."""
+    saved = run.saved()
+    replay = run.checkpoints.replay(saved["steps"])
+    if replay is not None:
+        saved["run"]["words"]["replay"]["store"] = replay
+    return saved
+
+
+def execute(
+    run: Run,
+    name: str,
+    options: Options,
+    quiet: bool = False,
+    saved: dict[str, Any] | None = None,
+    make_runtime: MakeRuntime | None = None,
+) -> Run:
     """Run the topology on the runtime, with checkpoints, and write down how it went."""
     setting = Setting(
         run.algorithm,
@@ -121,17 +143,24 @@ def execute(run: Run, name: str, options: Options, quiet: bool = False, saved: d
         ),
     )
     system = system_of(name, run.algorithm)
-    graph = system.wire(setting, options.seed, **layout(system, options))
+    graph = system.module.wire(setting, options.seed, **layout(system, run.algorithm, options))
     try:
         with threads(options.threads), Keeper(run, options, quiet, saved) as keeper:
-            runtime = (
-                Inline(keeper.report) if options.runtime == "inline" else Local(keeper.report, threads=options.threads)
-            )
+            make = make_runtime or partial(_runtime, run.path, options, keeper.step)
+            runtime = make(keeper.report)
+            keeper.measured = runtime.measured
             state = runtime.run(graph, keeper.between, None if saved is None else saved["run"])
             keeper.finish(state)
     finally:
         shutil.rmtree(run.path / REPLAY, ignore_errors=True)  # memory, not data: checkpoints have what is to be kept
     return run
+
+
+def _runtime(path: Path, options: Options, step: int, report: Callable[..., None]) -> Inline | Local:
+    """Where the roles run; with processes it is written down who came when (`rookery rerun`)."""
+    if options.runtime == "inline":
+        return Inline(report)
+    return Local(report, threads=options.threads, arrivals=Arrivals(path / ARRIVALS / f"{step}-{options.steps}.bin"))
 
 
 class Keeper:
@@ -143,6 +172,9 @@ class Keeper:
         self._saved_at = -1 if saved is None else self.step  # the first round saves: every run can be resumed
         self.signal: int | None = None
         self.reached = False  # whether the last evaluation was as good as `stop_at`
+        self.measured: Callable[[], dict[str, Any]] = dict  # the runtime's
+        self._measured: dict[str, Any] = {}  # the last that were written
+        self._wrote = (time.monotonic(), self.step)  # and when that was
         self._seconds = 0.0 if saved is None else saved["seconds"]
         self._began, self._asked, self._last = time.monotonic(), 0.0, (self._seconds, self.step)
         log = MetricsLog(run.folder.metrics)
@@ -151,7 +183,7 @@ class Keeper:
         self.recorder = Recorder(log, sinks, Progress(options.steps, quiet, self.step))
         if saved is not None:
             self.recorder.load_state(saved["recorder"])
-            if not quiet and "env" not in saved["run"]["roles"].get("actor_0", {}):
+            if not quiet and not run._make_net.spec.saves_state:
                 print("This environment cannot save its state: episodes begin anew.")
             if not quiet and "store" not in saved["run"]["words"].get("replay", {"store": None}):
                 print("The checkpoint holds no replay (save_replay=False): it is filled anew before learning goes on.")
@@ -182,7 +214,7 @@ class Keeper:
 
     def report(self, role: str, index: int, step: int, values: dict[str, Any]) -> None:
         """Write down a role's row, a learner's with the time it took."""
-        if role == "learner":
+        if role == "learner" and index == 0:
             now, (before, step_before) = self.seconds(), self._last
             rate = (step - step_before) / max(now - before, 1e-9)
             values, self._last = {**values, "seconds": now, "steps_per_second": rate}, (now, step)
@@ -193,9 +225,21 @@ class Keeper:
     def between(self, steps: int, snapshot: Callable[[], dict[str, Any]]) -> bool:
         """After each round: whether to stop; with each evaluation a checkpoint."""
         self.step = steps
+        now, (then, before) = time.monotonic(), self._wrote
+        if now - then > SOON and (now - then > LATE or crosses(before, steps, self.options.log_every)):
+            self.measure()
         if crosses(self._saved_at, steps, self.options.eval_every):
             self.save(snapshot())
         return self.reached or self.signal is not None
+
+    def measure(self) -> dict[str, Any]:
+        """Write down what the runtime measured since the last time; gives what it measured altogether."""
+        measured, self._wrote = self.measured(), (time.monotonic(), self.step)
+        if measured["seconds"]:  # else processes are being started
+            found = account(since(measured, self._measured))
+            self.recorder.report(RUNTIME, 0, self.step, {**flat(found), "measured": condensed(found)})
+            self._measured = measured
+        return account(measured)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a checkpoint, scored by the last evaluation."""
@@ -208,6 +252,7 @@ class Keeper:
     def finish(self, state: dict[str, Any]) -> None:
         """The last checkpoint, the last evaluation, the summary and the pictures."""
         self.step = state["steps"]
+        measured = self.measure()
         if self._saved_at != self.step:
             self.save(state)
         run, options, seconds = self.run, self.options, self.seconds()
@@ -226,6 +271,7 @@ class Keeper:
                 "seconds": seconds,
                 "steps_per_second": self.step / max(seconds, 1e-9),
                 **self.recorder.summary(),
+                **{name: measured[name] for name in MEASURED},
                 "device": options.device,
                 "backend": spec.backend,
                 "interrupted": run.interrupted,

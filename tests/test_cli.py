@@ -81,6 +81,7 @@ def test_train_says_where_everything_is(say: Any, tmp_path: Path) -> None:
     said = say("train", "ppo", "tensor:CartPole-v1", *TINY, "--run-dir", tmp_path / "run")
     assert said.status == 0
     assert "ppo on tensor:CartPole-v1: evaluation " in said.out
+    assert re.search(r"^limit       \w+: ", said.out, re.MULTILINE)
     for what, pattern in {"curve": "plots/*.png", "video": "video/*", "checkpoint": "checkpoints/0*"}.items():
         line = next(line for line in said.out.splitlines() if line.startswith(what))
         assert Path(line.split(maxsplit=1)[1]) in list((tmp_path / "run").glob(pattern))
@@ -125,11 +126,21 @@ def test_eval(say: Any, trained: list[Path]) -> None:
 
 def test_plot(say: Any, trained: list[Path], tmp_path: Path) -> None:
     one = say("plot", trained[0])
-    assert Path(one.out.strip()).is_file()
+    assert one.out.splitlines() == [str(trained[0] / "plots" / name) for name in ("learning_curve.png", "topology.png")]
+    assert all(Path(line).is_file() for line in one.out.splitlines())
     several = say("plot", *trained[:2], "--out", tmp_path / "both.png")
     assert several.status == 0
     assert Path(several.out.strip()) == tmp_path / "both.png"
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags", [[], ["--once"]])
+def test_watch_a_run_that_is_over(flags: list[str], say: Any, trained: list[Path]) -> None:
+    said = say("watch", trained[0], *flags)
+    assert said.status == 0
+    assert re.match(r"ppo on tensor:CartPole-v1, seed 0\nover  \d+/64 steps  return ", said.out)
+    for shown in ("actor 0  busy", "learner 0  busy", "actor 0 → ", "unrolls/s", "\nlimit: "):
+        assert shown in said.out
 
 
 @pytest.mark.parametrize("index", [0, 2], ids=["tensor", "other backend"])
@@ -177,6 +188,7 @@ def test_every_verb_has_help(verb: str, flag: str, say: Any) -> None:
         "resume": [cli.Resume],
         "eval": [cli.Eval],
         "video": [cli.Video],
+        "watch": [cli.Watch],
         "plot": [cli.Plot],
         "train ppo CartPole-v1": [Options, cli.Display],
     }.items(),
@@ -265,7 +277,7 @@ def test_a_wrong_flag_is_refused(flags: str, message: str, say: Any) -> None:
 # What went wrong: one sentence, status 1
 
 
-@pytest.mark.parametrize("verb", ["eval", "resume", "video", "plot"])
+@pytest.mark.parametrize("verb", ["eval", "resume", "video", "watch", "plot"])
 def test_no_run_there(verb: str, say: Any, tmp_path: Path) -> None:
     assert str(tmp_path) in refused(say(verb, tmp_path), 1)
     assert "nowhere" in refused(say(verb, tmp_path / "nowhere"), 1)
@@ -368,10 +380,12 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
+        watched = start("watch", path).communicate(timeout=60)[0]  # from the folder alone, while the run goes on
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
+    assert re.match(r"ppo on tensor:CartPole-v1, seed 0\n[\d,]+/1,000,000 steps", watched)
     assert process.returncode == 130, (out, err)
     assert f"Go on with: rookery resume {path}" in out
     steps = json.loads((path / "summary.json").read_text())["steps"]

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -49,8 +50,77 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> rookery.Run:
     return train(tmp_path_factory.mktemp("trained") / "run")
 
 
+def rows_of(run: rookery.Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+
+
 def copy_of(run: rookery.Run, path: Path) -> Path:
     return run.save(path)
+
+
+# What a run measures
+
+
+@pytest.mark.parametrize(
+    ("system", "more"),
+    [
+        ("ppo", {}),
+        ("impala", {"runtime": "local", "actors": 2, "epochs": 1, "minibatches": 1}),
+        ("dqn", {"runtime": "local", "batch": 8, "learning_starts": 16, "updates_per_step": 0.25, "capacity": 96}),
+    ],
+)
+def test_a_run_is_measured(system: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """Who was busy with what, what flowed, and what limited it: in the summary, and in the metrics."""
+    learn = {**LEARN, **more} if system == "ppo" else {"hidden": (8,), **more}
+    known = {field.name for field in dataclasses.fields(rookery.SYSTEMS[system].algorithm_class())}
+    known |= {field.name for field in dataclasses.fields(rookery.Options)}
+    settings = {**RUN, **{name: value for name, value in learn.items() if name in known}}
+    run = rookery.train(system, CART, run_dir=tmp_path / "run", quiet=True, **settings)
+    summary, words = run.summary, {"ppo": "unrolls", "impala": "unrolls", "dqn": "replay"}
+    roles = [*(f"actor {index}" for index in range(more.get("actors", 1))), "learner 0", "evaluator 0", "keeper"]
+    assert list(summary["roles"]) == roles
+    for name, role in summary["roles"].items():
+        assert 0 <= role["busy"] <= 1
+        if name != "keeper":
+            parts = [role.get(part, 0.0) for part in ("environment", "inference", "learning", "evaluation", "transfer")]
+            assert sum(parts) == pytest.approx(role["busy"], abs=1e-6)
+            assert role["busy"] + sum(role["waiting"].values()) == pytest.approx(1.0)
+    actor, learner = summary["roles"]["actor 0"], summary["roles"]["learner 0"]
+    assert min(actor["environment"], actor["inference"], actor["steps_per_second"]) > 0
+    assert min(learner["learning"], learner["steps_per_second"]) > 0
+    assert set(summary["words"]) == {"weights", words[system]}
+    flows = {(flow["from"], flow["to"]): flow for flow in summary["flows"]}
+    assert min(flow["per_second"] for flow in flows.values()) > 0
+    assert {("actor 0", words[system]), (words[system], "learner 0"), ("weights", "actor 0")} <= set(flows)
+    assert flows["actor 0", words[system]]["bytes_per_second"] > 0
+    if system == "dqn":
+        assert summary["words"]["replay"]["samples_per_insert"] == pytest.approx(2.0, rel=0.3)
+        assert 0 < summary["words"]["replay"]["fill"] <= 1
+    else:
+        assert 0 <= summary["words"]["unrolls"]["fill"] <= 1
+        assert summary["policy_lag"]["mean"] <= summary["policy_lag"]["max"]
+    assert (summary["restarts"], summary["dropped"]) == ({}, {})
+    assert summary["bottleneck"]["limit"] in ("environment", "inference", "transfer", "learner", "waiting")
+    *_, row = (row for row in rows_of(run) if row["role"] == "runtime")
+    assert {"actor_busy", "learner_busy", "actor_steps_per_second", "restarts", "dropped"} <= set(row)
+    assert list(row["measured"]["roles"]) == roles
+
+
+def test_rows_of_the_runtime_come_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has what was measured since the last."""
+    monkeypatch.setattr(sys.modules["rookery.train"], "SOON", 0.0)
+    rows = [row for row in rows_of(train(tmp_path / "run")) if row["role"] == "runtime"]
+    assert len(rows) >= 4
+    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+    flows = [{(flow["from"], flow["to"]): flow["per_second"] for flow in row["measured"]["flows"]} for row in rows]
+    assert all(each["actor 0", "unrolls"] > 0 for each in flows[:4])
+
+
+def test_rows_compiled_as_one_are_one_activity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["rookery.actor"], "compiled", lambda function, graphs: function)
+    actor = train(tmp_path / "run", compile=True).summary["roles"]["actor 0"]
+    assert actor["environment and inference"] > 0
+    assert "environment" not in actor
 
 
 # What a run gives

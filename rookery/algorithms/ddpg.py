@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rookery.algorithms.base import Acted, Batch, Explore, Loss, Network, Now, Part
 from rookery.algorithms.continuous import actor_critic_parts, gaussian_scale, with_noise
-from rookery.algorithms.off_policy import OffPolicy, expected, weighted_mean
+from rookery.algorithms.off_policy import OffPolicy, acting_errors, expected, weighted_mean
 
 if TYPE_CHECKING:
     from rookery.envs.spec import EnvSpec
@@ -35,6 +35,7 @@ class DDPG(OffPolicy):
     sigma: float = 0.1  # σ of the noise on actions
     sigma_last: float | None = None  # σ of the last lane, with a ladder over the others
     layer_norm: bool = False  # in the critic
+    actor_priorities: bool = False  # rows enter replay by their own error, not by the highest (Horgan et al. 2018)
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritics:
         from rookery.nn.critics import ActorCritics, Layers
@@ -49,7 +50,16 @@ class DDPG(OffPolicy):
         return torch.inf if steps < self.learning_starts else gaussian_scale(self.sigma, self.sigma_last, place)
 
     def act(self, net: ActorCritics, obs: Obs, state: Tensor, explore: Explore | None) -> Acted:
-        return Acted(net.shaped(with_noise(net.actor(net.encode(obs)), explore)), {}, state)
+        features = net.encode(obs)
+        best = net.actor(features)
+        action = with_noise(best, explore)
+        if not self.actor_priorities or explore is None:
+            return Acted(net.shaped(action), {}, state)
+        q, greedy = net.critics(features.expand(2, -1, -1), torch.stack([action, best])).squeeze(0)
+        return Acted(net.shaped(action), {"q": q, "best": greedy}, state)
+
+    def priorities(self, unroll: Batch) -> Tensor | None:
+        return acting_errors(self, unroll) if self.actor_priorities else None
 
     def loss(self, net: ActorCritics, target: ActorCritics, batch: Batch, now: Now) -> Loss:
         with torch.no_grad():

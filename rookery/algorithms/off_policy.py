@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rookery.algorithms.base import Acted, Algorithm, Batch, Explore, Loss, Refused, ReplayPlan, Target
 from rookery.envs.spec import mask_of
 from rookery.estimators import n_step
+from rookery.nn.adagrad import AdaGrad
 from rookery.nn.adam import Adam, Optimizer
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OffPolicy",
     "QLearning",
+    "acting_errors",
     "allowed_only",
     "epsilon_greedy",
     "expected",
@@ -109,6 +111,7 @@ class QLearning(OffPolicy):
     ladder: float = 0.0  # α: of N lanes, lane i keeps ε^(1 + α·i/(N−1)) throughout (Horgan et al. 2018: 7)
     actor_priorities: bool = False  # rows enter replay by their own error, not by the highest priority (the same)
     anneal: bool = False  # the learning rate falls linearly to 0 over the run
+    adagrad: bool = False  # AdaGrad in Adam's place, with the same ε under its root (Nair et al. 2015)
 
     @property
     def net_settings(self) -> dict[str, Any]:
@@ -117,7 +120,7 @@ class QLearning(OffPolicy):
         return {name: getattr(self, name) for name in names}
 
     def optimizer(self, parameters: list[nn.Parameter], lr: Tensor) -> Optimizer:
-        return Adam(parameters, lr, eps=self.adam_eps)
+        return (AdaGrad if self.adagrad else Adam)(parameters, lr, eps=self.adam_eps)
 
     def learning_rate(self, remaining: float) -> float:
         return self.lr * remaining if self.anneal else self.lr
@@ -139,12 +142,7 @@ class QLearning(OffPolicy):
         return Acted(action, {"q": of_action(values, action), "best": allowed_only(values, mask).amax(-1)}, state)
 
     def priorities(self, unroll: Batch) -> Tensor | None:
-        """|Gₜ − Q(sₜ, aₜ)| by the actor's own network, Gₜ the n-step return that ends in its best value."""
-        if not self.actor_priorities:
-            return None
-        terminated, truncated = unroll["terminated"][:-1], unroll["truncated"][:-1]
-        row = (unroll["reward"][:-1], unroll["best"][1:], terminated, terminated | truncated)
-        return (n_step(*row, self.gamma, self.n_step) - unroll["q"][:-1]).abs()
+        return acting_errors(self, unroll) if self.actor_priorities else None
 
     def noise(self, net: QNet, batch: Batch, generator: torch.Generator) -> Batch:
         names = ("noise", "target_noise", "next_noise") if self.double else ("noise", "target_noise")
@@ -192,6 +190,17 @@ def q_loss(losses: Tensor, value: Tensor, target: Tensor, batch: Batch, prioriti
     loss = weighted_mean(losses, batch)
     metrics = {"loss": loss.detach(), "value": value.detach().mean(), "target": target.mean()}
     return Loss(loss, metrics, (losses if priorities is None else priorities).detach())
+
+
+def acting_errors(settings: OffPolicy, unroll: Batch) -> Tensor:
+    """|Gₜ − Q(sₜ, aₜ)| `[T, B]` by the actor's own network, Gₜ the n-step return that ends in its best value.
+
+    Args:
+        unroll: with what acting noted: `q`, the value of the action, and `best`, that of the greedy one.
+    """
+    terminated, truncated = unroll["terminated"][:-1], unroll["truncated"][:-1]
+    row = (unroll["reward"][:-1], unroll["best"][1:], terminated, terminated | truncated)
+    return (n_step(*row, settings.gamma, settings.n_step) - unroll["q"][:-1]).abs()
 
 
 def allowed_only(values: Tensor, mask: Tensor | None) -> Tensor:

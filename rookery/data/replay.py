@@ -97,6 +97,12 @@ class ReplayBuffer:
         """How many samples there are to be drawn now."""
         return sum(ready for _, ready in self._counts.tolist())
 
+    @property
+    def fill(self) -> float:
+        """The share of its rows that are written."""
+        rows = self._ring.rows
+        return sum(min(written, rows) for written, _ in self._counts.tolist()) / (rows * self.writers)
+
     # Writing.
 
     def insert(self, rows: Mapping[str, Any], writer: int = 0) -> int:

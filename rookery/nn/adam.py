@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from rookery.nn.adagrad import AdaGrad
+
 __all__ = ["Adam", "Optimizer"]
 
 
@@ -59,4 +61,4 @@ class Adam:
         )
 
 
-Optimizer = Adam | torch.optim.Optimizer  # what a learner steps
+Optimizer = Adam | AdaGrad | torch.optim.Optimizer  # what a learner steps

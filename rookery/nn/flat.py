@@ -25,6 +25,7 @@ class FlatParameters:
     Attributes:
         groups: the flat 1-D parameters by name, with the flat gradient as `.grad`; give these to the optimiser.
             Numbers between parameters (padding) and their gradients are 0 and stay so.
+        buffers: the module's, by name.
 
     Args:
         groups: parameters by name, each of the module's in exactly one; a group holds either trainable parameters or
@@ -40,7 +41,7 @@ class FlatParameters:
         for group, parameters in members.items():
             _check_group(group, parameters, names)
         self.groups: dict[str, nn.Parameter] = {}
-        self._buffers = dict(module.named_buffers())
+        self.buffers = dict(module.named_buffers())
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []  # each parameter, the flat ones too, and its gradient
         self._flat_gradients: list[Tensor] = []
         for group, parameters in members.items():
@@ -77,6 +78,11 @@ class FlatParameters:
             if parameter.grad is not gradient:
                 parameter.grad = gradient
 
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """The flat gradients by group, 1-D, of the groups that have one."""
+        return {name: group.grad for name, group in self.groups.items() if group.grad is not None}
+
     def values(self) -> Tensor:
         """A copy of everything, 1-D: what to publish or to average. All groups must be on one device."""
         flat = [group.detach() for group in self.groups.values()]
@@ -95,12 +101,12 @@ class FlatParameters:
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of all that the module has learnt: `parameters`, flat, and each buffer by name. What is published."""
-        return {"parameters": self.values(), **{name: buffer.clone() for name, buffer in self._buffers.items()}}
+        return {"parameters": self.values(), **{name: buffer.clone() for name, buffer in self.buffers.items()}}
 
     def restore(self, values: dict[str, Tensor]) -> None:
         """Copy what `snapshot` of an equal module gave into this one."""
         self.load(values["parameters"])
-        for name, buffer in self._buffers.items():
+        for name, buffer in self.buffers.items():
             buffer.copy_(values[name])
 
 

@@ -53,19 +53,19 @@ class RunningNorm(nn.Module):
         x = x.reshape(-1, *self.mean.shape).double()
         if weight is None:
             var, mean = torch.var_mean(x, 0, correction=0)
-            self._merge(mean, var, self.count.new_full((), len(x)))
+            self.add(mean, var, self.count.new_full((), len(x)))
             return
         weight = weight.reshape(-1, *[1] * self.mean.ndim).to(x.dtype)
         x = torch.where(weight > 0, x, 0)
         count = weight.sum()
         fraction = weight / count.clamp_min(torch.finfo(x.dtype).tiny)  # without a sample all of it is 0
         mean = (fraction * x).sum(0)
-        self._merge(mean, (fraction * (x - mean).square()).sum(0), count)
+        self.add(mean, (fraction * (x - mean).square()).sum(0), count)
 
     @torch.no_grad()
     def merge(self, other: RunningNorm) -> None:
         """Add the samples another norm has seen; they must not be in this one already."""
-        self._merge(other.mean.to(self.mean), other.var.to(self.var), other.count.to(self.count))
+        self.add(other.mean.to(self.mean), other.var.to(self.var), other.count.to(self.count))
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -74,8 +74,9 @@ class RunningNorm(nn.Module):
         self.var.fill_(1)
         self.count.zero_()
 
-    def _merge(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        """The parallel formula of Chan, Golub and LeVeque (1979); waits for no device."""
+    @torch.no_grad()
+    def add(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Merge the moments of other samples, by Chan, Golub and LeVeque's formula (1979); waits for no device."""
         total = self.count + count
         share = count / total.clamp_min(torch.finfo(total.dtype).tiny)
         delta = mean - self.mean

@@ -48,6 +48,15 @@ class RunFolder:
         self.video = path / "video"
         self.tensorboard = path / "tensorboard"
 
+    @property
+    def ended(self) -> bool:
+        """Whether the summary is newer than the last row of metrics: nobody is at work on it."""
+        try:
+            wrote = (self.path / SUMMARY).stat().st_mtime_ns
+        except FileNotFoundError:
+            return False
+        return not self.metrics.exists() or self.metrics.stat().st_mtime_ns <= wrote
+
     @classmethod
     def create(cls, path: str | Path | None, system: str, env: str, seed: int) -> RunFolder:
         """An empty folder for a new run: `path`, or `runs/<system>_<env>_s<seed>_<local time>`.

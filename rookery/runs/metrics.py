@@ -8,13 +8,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rookery.runs.files import reason, write_text
 
-__all__ = ["FIRST", "MetricsError", "MetricsLog", "plain", "read"]
+__all__ = ["FIRST", "RUNTIME", "MetricsError", "MetricsLog", "Tail", "plain", "read"]
 
 FIRST = ("step", "role", "index")  # these keys come first in every line, the others follow by name
+RUNTIME = "runtime"  # the role whose rows depend on the clock: how many there are, when, and what they say
 
 
 def plain(value: Any) -> Any:
@@ -66,22 +67,22 @@ class MetricsLog:
             raise self._unwritable(error) from error
 
     def rows(self) -> int:
-        """How many there are."""
-        return sum(1 for _ in _lines(self.path))
+        """How many there are, without the runtime's."""
+        return sum(row.get("role") != RUNTIME for _, row in _lines(self.path))
 
     def truncate_after(self, step: int, rows: int | None = None) -> None:
         """Drop what came after the checkpoint at `step`, as a resume from there must: it will write that again.
 
-        That is every row later than `step`, and every row but the first `rows`, if that is known: asynchronous roles
+        That is every row later than `step`, and what follows the first `rows`, if that is known: asynchronous roles
         write rows of earlier steps. Evaluations of the checkpoint itself stay.
 
         Raises MetricsError; the log is then as it was.
         """
-        kept = [
-            line
-            for number, (line, row) in enumerate(_lines(self.path))
-            if row["step"] <= step and (rows is None or number < rows or row.get("role") == "evaluator")
-        ]
+        kept, number = [], 0
+        for line, row in _lines(self.path):
+            if row["step"] <= step and (rows is None or number < rows or row.get("role") == "evaluator"):
+                kept.append(line)
+            number += row.get("role") != RUNTIME
         try:
             write_text(self.path, b"".join(kept).decode())
             replaced = self.path.open("ab", buffering=0)
@@ -100,6 +101,31 @@ class MetricsLog:
         return MetricsError(f"{self.path} could not be written: {reason(error)}; free some space and resume the run.")
 
 
+class Tail:
+    """A log that another process may be writing, read on from where it was read last."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._read, self._at = path, 0, b""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows since the last call; all of them anew where the log was cut back since, as a resume does.
+
+        Raises MetricsError as `read` does.
+        """
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, self._read - len(self._at)))
+            if size < self._read or file.read(len(self._at)) != self._at:
+                self._read, self._at = file.seek(0), b""
+            found = []
+            for line, row in _parsed(self.path, file):
+                found.append(row)
+                self._read, self._at = self._read + len(line), line
+        return found
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """Every row of a log, in order; a torn last line is left out, and a log that is missing has none.
 
@@ -114,19 +140,23 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     if not path.exists():
         return
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                    raise ValueError("no step")
-            except (ValueError, RecursionError):
-                shown = line[:80].decode(errors="replace").strip()
-                raise MetricsError(
-                    f"{path}, line {number}, is not a row with a step: {shown!r}; remove that line."
-                ) from None
-            yield line, row
+        yield from _parsed(path, file)
+
+
+def _parsed(path: Path, file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    for number, line in enumerate(file, 1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("no step")
+        except (ValueError, RecursionError):
+            shown = line[:80].decode(errors="replace").strip()
+            raise MetricsError(
+                f"{path}, line {number}, is not a row with a step: {shown!r}; remove that line."
+            ) from None
+        yield line, row
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -6,20 +6,20 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rookery.runs.folder import RunFolder
-from rookery.runs.metrics import MetricsError, read
+from rookery.runs.metrics import RUNTIME, MetricsError, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.gridspec import SubplotSpec
 
-__all__ = ["interval", "plot_run", "plot_runs", "smooth"]
+__all__ = ["figure_of", "interval", "plot_run", "plot_runs", "save", "smooth", "title"]
 
 Series = tuple[NDArray[np.float64], NDArray[np.float64]]  # steps in order, and a value at each
 
@@ -72,18 +72,18 @@ def plot_run(run: str | Path) -> Path:
     rows = _rows(folder)
     panels = _panels(rows)
     height = math.ceil(len(panels) / COLUMNS)
-    figure = _figure(9.6, 4.2 + 1.75 * height)
+    figure = figure_of(9.6, 4.2 + 1.75 * height)
     grid = figure.add_gridspec(1 + height, COLUMNS, height_ratios=[4.0] + [1.6] * height)
     top = _axes(figure, grid[0, :], named=not panels)
     _draw_return(top, rows)
-    top.set_title(_title(folder), fontsize=12, fontweight="bold", loc="left")
+    top.set_title(title(folder), fontsize=12, fontweight="bold", loc="left")
     for place, ((role, name), series) in enumerate(panels.items()):
         axes = _axes(figure, grid[1 + place // COLUMNS, place % COLUMNS], named=place + COLUMNS >= len(panels))
         axes.sharex(top)
         _draw_panel(axes, series, COLOURS[2] if name == "steps_per_second" else COLOURS[0])
         words = "steps per second" if name == "steps_per_second" else name.replace("_", " ")
         axes.set_title(words if role == "learner" else f"{words} ({role})", fontsize=9, loc="left")
-    return _save(figure, folder.plots / "learning_curve.png")
+    return save(figure, folder.plots / "learning_curve.png")
 
 
 def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
@@ -103,7 +103,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
     colours = {system: COLOURS[place % len(COLOURS)] for place, system in enumerate(systems)}
     columns = min(COLUMNS, len(groups))
     height = math.ceil(len(groups) / columns)
-    figure = _figure(max(6.4, 4.4 * columns), 4.0 * height)
+    figure = figure_of(max(6.4, 4.4 * columns), 4.0 * height)
     grid = figure.add_gridspec(height, columns)
     for place, (env, members) in enumerate(sorted(groups.items())):
         axes = _axes(figure, grid[place // columns, place % columns], named=place + columns >= len(groups))
@@ -113,16 +113,18 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
         axes.set_ylabel("episode return")
         axes.legend(loc="best", frameon=False, fontsize=8)
     figure.supxlabel("shaded: 95 % t-interval of the mean over seeds", x=0.99, ha="right", fontsize=8, color=GREY)
-    return _save(figure, Path(out))
+    return save(figure, Path(out))
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """An empty picture, in inches."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained", dpi=120, facecolor="white")
+    return Figure(figsize=(width, height), layout=layout, dpi=120, facecolor="white")
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write it as PNG, at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".tmp-{path.name}")
     try:
@@ -180,7 +182,7 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Series]:
     names = {
         (str(row.get("role")), name)
         for row in rows
-        if row.get("role") not in ("actor", "evaluator")
+        if row.get("role") not in ("actor", "evaluator", RUNTIME)
         for name, value in row.items()
         if name not in NOT_PANELS and isinstance(value, (int, float))
     }
@@ -190,7 +192,8 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Series]:
     return {key: _series(rows, key[1], key[0]) for key in others + speed}
 
 
-def _title(folder: RunFolder) -> str:
+def title(folder: RunFolder) -> str:
+    """What was run."""
     config = folder.read_config()
     return f"{config.get('system', '?')} on {config.get('env', '?')}, seed {config.get('seed', '?')}"
 

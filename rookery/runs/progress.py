@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rookery.runs.metrics import RUNTIME
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -50,6 +52,7 @@ class Progress:
         self._returns: deque[float] = deque(maxlen=100)
         self._evaluation: Mapping[str, Any] = {}
         self._learner: Mapping[str, Any] = {}
+        self._runtime: Mapping[str, Any] = {}
         self._history: list[float] = []  # the mean return at equal distances of steps
         self._next_point = start
         now = time.monotonic()
@@ -63,10 +66,12 @@ class Progress:
         if row["step"] > self.step:
             self.step = row["step"]
         role = row["role"]
-        if role == "learner":
+        if role == "learner" and row["index"] == 0:
             self._learner = row
         elif role == "evaluator":
             self._evaluation = row
+        elif role == RUNTIME and "measured" in row:
+            self._runtime = row
         value = row.get("episode_return")
         if value is not None:
             self._returns.append(value)
@@ -110,7 +115,7 @@ class Progress:
             self._live.update(self._picture(), refresh=True)
             return
         parts = [f"{self._count()} steps ({self._share():.0%})", *self._pace()]
-        print("  ".join([*parts, *self._scores(), *self._values()]), file=self._stream, flush=True)
+        print("  ".join([*parts, *self._scores(), *self._values(), *self._load()]), file=self._stream, flush=True)
 
     def _picture(self) -> RenderableType:
         from rich.console import Group
@@ -128,7 +133,8 @@ class Progress:
         scores = Text("   ".join(self._scores()), style="bold")
         if len(self._history) > 1:
             scores.append(f"   {sparkline(self._history)}", style="green")
-        return Group(first, scores, Text("   ".join(self._values()), style="dim"))
+        lines = [Text("   ".join(each), style="dim") for each in (self._values(), self._load()) if each]
+        return Group(first, scores, *lines)
 
     def _share(self) -> float:
         return min(1.0, self.step / self.total) if self.total > 0 else 1.0
@@ -155,6 +161,17 @@ class Progress:
         if mean is not None:
             parts.append(f"evaluation {mean:.1f}" + (f" ± {std:.1f}" if std is not None else ""))
         return parts
+
+    def _load(self) -> list[str]:
+        """How busy roles and how full words are, and what limits the run; of several processes only."""
+        measured = self._runtime.get("measured", {})
+        if measured.get("processes", 1) == 1:
+            return []
+        shares = {name: value for name, value in self._runtime.items() if isinstance(value, float)}
+        busy = [f"{name[:-5]} {value:.0%}" for name, value in shares.items() if name.endswith("_busy")]
+        fill = [f"{name[:-5]} {value:.0%} full" for name, value in shares.items() if name.endswith("_fill")]
+        lag = [f"lag {self._learner['policy_lag']:.1f}"] if "policy_lag" in self._learner else []
+        return ["busy: " + ", ".join(busy), *fill, *lag, f"limit: {measured['bottleneck']['limit']}"]
 
     def _values(self) -> list[str]:
         shown = [

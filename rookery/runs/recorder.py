@@ -6,20 +6,21 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rookery.runs.metrics import MetricsLog, plain
+from rookery.runs.metrics import RUNTIME, MetricsLog, plain
 from rookery.runs.progress import Progress
 from rookery.runs.sinks import Guarded, Sink
 
-__all__ = ["Recorder"]
+__all__ = ["CLOCK", "Recorder"]
 
+CLOCK = ("seconds", "steps_per_second")  # what depends on the clock, in the rows of roles
 EVALUATION = ("eval_return_mean", "eval_return_std", "eval_episodes")
 
 
 class Recorder:
     """Hands every report to the log, the sinks and the progress display, and keeps what the summary needs.
 
-    Whatever depends on the clock is reported under `seconds` and `steps_per_second` and under no other name, so that
-    two logs can be compared without it.
+    Whatever depends on the clock is reported under `seconds` and `steps_per_second` (`CLOCK`) and under no other name,
+    or by the role `runtime`, so that two logs can be compared without it.
     """
 
     def __init__(self, log: MetricsLog, sinks: Sequence[Sink] = (), progress: Progress | None = None) -> None:
@@ -30,6 +31,7 @@ class Recorder:
         self._episodes = 0
         self._returns: deque[float] = deque(maxlen=100)
         self._evaluation: dict[str, Any] = dict.fromkeys(EVALUATION)
+        self._lags: dict[str, float] = {}  # number, sum and maximum of those reported
 
     def report(self, role: str, index: int, step: int, values: Mapping[str, Any]) -> None:
         """Take what a role measured at `step`.
@@ -47,7 +49,12 @@ class Recorder:
         if len(row) != 3 + len(written):
             raise ValueError(f"{role} {index} reports a value named step, role or index; give it another name.")
         self.log.append(row)
-        self.steps[f"{role}.{index}"] = step
+        if role != RUNTIME:
+            self.steps[f"{role}.{index}"] = step
+        if "policy_lag" in row:
+            number, total, most = self._lags.values() if self._lags else (0, 0.0, 0)
+            lag, largest = row["policy_lag"], row.get("policy_lag_max", row["policy_lag"])
+            self._lags = {"number": number + 1, "sum": total + lag, "max": max(most, largest)}
         self._episodes += len(returns)
         self._returns.extend(value for value in map(plain, returns) if value is not None)
         if "eval_return_mean" in row:
@@ -59,9 +66,11 @@ class Recorder:
             self._progress.update(row)
 
     def summary(self) -> dict[str, Any]:
-        """Episodes, the mean return of the last 100 of them, and the last evaluation; None for what there is not."""
+        """Episodes, the mean return of the last 100 of them, the last evaluation, and mean and maximum of the policy
+        lags that were reported; None for what there is not."""
         mean = sum(self._returns) / len(self._returns) if self._returns else None
-        return {"episodes": self._episodes, "return_mean_last_100": mean, **self._evaluation}
+        lag = {"mean": self._lags["sum"] / self._lags["number"], "max": self._lags["max"]} if self._lags else None
+        return {"episodes": self._episodes, "return_mean_last_100": mean, **self._evaluation, "policy_lag": lag}
 
     def state(self) -> dict[str, Any]:
         """What a resumed run goes on with, as JSON has it."""
@@ -70,6 +79,7 @@ class Recorder:
             "returns": list(self._returns),
             "evaluation": dict(self._evaluation),
             "steps": dict(self.steps),
+            "lags": dict(self._lags),
             "rows": self.log.rows(),
         }
 
@@ -79,6 +89,7 @@ class Recorder:
         self._returns = deque(state["returns"], maxlen=100)
         self._evaluation = dict(state["evaluation"])
         self.steps = dict(state["steps"])
+        self._lags = dict(state.get("lags", {}))
 
     def close(self) -> None:
         """Close the progress display, the sinks and the log; harmless when called twice."""

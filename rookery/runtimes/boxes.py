@@ -13,7 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["copied", "fits", "packed", "pour", "unpacked"]
+__all__ = ["Parcel", "copied", "fits", "packed", "pour", "unpacked"]
+
+
+class Parcel:
+    """A slot for nested dicts of tensors, always of the same names, shapes and dtypes."""
+
+    def __init__(self, like: dict[str, Any]) -> None:
+        self.content: dict[str, Any] = copied(like)
+
+    def fill(self, content: dict[str, Any]) -> None:
+        pour(content, self.content)
+
+    def state(self) -> dict[str, Any]:
+        return self.content
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pour(state, self.content)
 
 
 def copied(value: Any) -> Any:

@@ -5,13 +5,16 @@ A blocked `await` only means "not my turn", so nothing can hang, a debugger work
 
 from __future__ import annotations
 
+import time
 import types
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from rookery.runtimes.limiter import RateLimiter
+from rookery.runtimes.meter import WORK, Meter, Told, WordMeter, combined, told
 from rookery.runtimes.words import Graph, Part, Published, RoleSpec, Stateful
 
 __all__ = ["Deadlock", "Inline", "RoleError", "role_seed", "until"]
@@ -27,20 +30,28 @@ class RoleError(RuntimeError):
     """A role raised; the message names the role and its index, the cause is the role's own exception."""
 
 
+class Wait(NamedTuple):
+    """Why a role gives up its turn."""
+
+    what: str
+    done: bool  # whether anything was done since the last wait
+    word: str
+
+
 @types.coroutine
-def until(ready: Callable[[], bool], what: str) -> Generator[tuple[str, bool], None, None]:
-    """Give up the turn until `ready`; yields what is waited for, and whether anything was done since the last wait."""
+def until(ready: Callable[[], bool], what: str, word: str) -> Generator[Wait, None, None]:
+    """Give up the turn until `ready`."""
     done = True
     while not ready():
-        yield what, done
+        yield Wait(what, done, word)
         done = False
 
 
 class InlineQueue:
     """`Queue` within one process: slots are handed on by reference."""
 
-    def __init__(self, each: int) -> None:
-        self.each = each
+    def __init__(self, meter: WordMeter, each: int) -> None:
+        self.meter, self.each = meter, each
         self._made: Counter[int] = Counter()  # slots of each role that fills
         self._free: dict[int, list[Any]] = defaultdict(list)
         self._owner: dict[int, int] = {}  # of a slot by its identity
@@ -52,7 +63,7 @@ class InlineQueue:
             saved, slot = self._saved.pop(0), make()
             slot.load_state(saved["slot"])
             self.put(self._own(slot, saved["index"]))
-        await until(lambda: bool(self._free[index]) or self._made[index] < self.each, "a free slot")
+        await until(lambda: bool(self._free[index]) or self._made[index] < self.each, "a free slot", self.meter.name)
         return self._free[index].pop() if self._free[index] else self._own(make(), index)
 
     def _own(self, slot: Any, index: int) -> Any:
@@ -62,9 +73,13 @@ class InlineQueue:
 
     def put(self, slot: Any) -> None:
         self._filled.append(slot)
+        self.meter.gives(1, slot)
 
     async def get(self, count: int) -> list[Any]:
-        await until(lambda: len(self._filled) >= count, f"{count} filled slots (there are {len(self._filled)})")
+        filled = len(self._filled)
+        self.meter.looks(filled, self._made.total())
+        await until(lambda: len(self._filled) >= count, f"{count} filled slots (there are {filled})", self.meter.name)
+        self.meter.takes(count)
         return sorted((self._filled.popleft() for _ in range(count)), key=lambda slot: self._owner[id(slot)])
 
     def release(self, slots: list[Any]) -> None:
@@ -83,27 +98,41 @@ class InlineQueue:
 class InlineWeights:
     """`Weights` within one process."""
 
-    def __init__(self, once: bool = False) -> None:
+    def __init__(self, meter: WordMeter, once: bool = False) -> None:
+        self.meter = meter
         self._newest: Published | None = None
         self._once = once
 
     def publish(self, version: int, values: Any, steps: int) -> None:
         if not self._stays:
             self._newest = Published(version, values, steps)
+            self.meter.gives(1, values)
 
     @property
     def _stays(self) -> bool:
         return self._once and self._newest is not None
 
     async def newer_than(self, version: int) -> Published:
-        await until(
-            lambda: self._newest is not None and self._newest.version > version, f"weights newer than {version}"
-        )
+        def ready() -> bool:
+            return self._newest is not None and self._newest.version > version
+
+        await until(ready, f"weights newer than {version}", self.meter.name)
         assert self._newest is not None
+        self.meter.reads(self._newest.version)
         return self._newest
 
     async def latest(self) -> Published:
-        return await self.newer_than(-1)
+        newest = await self.newer_than(-1)
+        if self._once:  # else whoever asks again and again would leave nobody a turn
+            await until(iter((False, True)).__next__, "its turn", self.meter.name)
+        return newest
+
+    def state(self) -> State:
+        """The value that stays; others are published anew."""
+        return self._newest._asdict() if self._once and self._newest is not None else {}
+
+    def load_state(self, state: State) -> None:
+        self._newest = Published(**state) if state else None
 
 
 class InlineReplay:
@@ -115,6 +144,7 @@ class InlineReplay:
 
     def __init__(
         self,
+        meter: WordMeter,
         make_store: Callable[[], Any],
         samples_per_insert: float,
         min_size: int,
@@ -123,6 +153,7 @@ class InlineReplay:
         save: bool = True,
         overlap: bool = False,
     ) -> None:
+        self.meter = meter
         self.store, self.limiter = make_store(), RateLimiter(samples_per_insert, min_size, tolerance)
         self._turn, self._writers, self._save, self._overlap = 0, writers, save, overlap
         self._free: list[Any] = []
@@ -139,7 +170,7 @@ class InlineReplay:
             room = self.limiter.may_insert(sum(self._promised.values()) + items)
             return self._may_write(writer) and (room or not len(self.store))
 
-        await until(ready, f"its turn, and room for {items} inserts")
+        await until(ready, f"its turn, and room for {items} inserts", self.meter.name)
         slot = self._free.pop() if self._free else make()
         self._promised[id(slot)] = items
         return slot
@@ -148,6 +179,7 @@ class InlineReplay:
         return writer == self._turn
 
     def insert(self, slot: Any, count: int, writer: int = 0) -> None:
+        self.meter.gives(count, slot)
         self.store.insert(slot.batch(), writer)
         self.limiter.inserts += count
         self._turn = (writer + 1) % self._writers
@@ -162,13 +194,28 @@ class InlineReplay:
 
     async def draw(self, count: int, most: int, **how: Any) -> tuple[int, Any]:
         """`sample`, with how many they are."""
-        await until(lambda: self.limiter.may_sample(count) and len(self.store) > 0, f"{count} samples")
+
+        def ready() -> bool:
+            return self.limiter.may_sample(count) and len(self.store) > 0
+
+        await until(ready, f"{count} samples", self.meter.name)
         drawn = min(most, int(self.limiter.owed // count)) * count
         self.limiter.samples += drawn
-        return drawn, self.store.sample(drawn, **how)
+        samples = self.store.sample(drawn, **how)
+        self.meter.takes(drawn, samples)
+        return drawn, samples
 
     def prioritise(self, index: Any, priorities: Any) -> None:
         self.store.prioritise(index, priorities)
+
+    @property
+    def level(self) -> dict[str, float]:
+        """What the ratio of samples to inserts was kept over, since the run began."""
+        counts: dict[str, float] = {
+            "inserts": max(0, self.limiter.inserts - self.limiter.start),
+            "samples": self.limiter.samples,
+        }
+        return {**counts, "fill": self.store.fill} if hasattr(self.store, "fill") else counts
 
     def state(self) -> State:
         own = {"counts": self.limiter.state(), "turn": self._turn}
@@ -186,18 +233,22 @@ class InlineReplay:
 class InlineCalls:
     """`Calls` within one process."""
 
-    def __init__(self) -> None:
+    def __init__(self, meter: WordMeter) -> None:
+        self.meter = meter
         self._waiting: deque[tuple[Any, Callable[[Any], None]]] = deque()
 
     async def ask(self, request: Any) -> Any:
         answer: list[Any] = []
         self._waiting.append((request, answer.append))
-        await until(lambda: bool(answer), "an answer")
+        self.meter.gives(1)
+        await until(lambda: bool(answer), "an answer", self.meter.name)
         return answer[0]
 
     async def requests(self, most: int) -> list[tuple[Any, Callable[[Any], None]]]:
-        await until(lambda: bool(self._waiting), "a request")
-        return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+        await until(lambda: bool(self._waiting), "a request", self.meter.name)
+        requests = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+        self.meter.takes(len(requests))
+        return requests
 
 
 WORDS: dict[str, Callable[..., Any]] = {
@@ -218,12 +269,15 @@ class InlineRole:
 
     def __init__(self, spec: RoleSpec, graph_seed: int, runtime: Inline, saved: State | None) -> None:
         self.name, self.index, self.ends_run = spec.name, spec.index, spec.ends_run
+        self.title = f"{spec.name} {spec.index}"
         self.seed = role_seed(graph_seed, spec)
         self._runtime, self._saved = runtime, saved
+        self._meter = runtime.meter.role(self.title)
         self._part: Stateful | None = None
+        self._at_first: Told = told(None)
         self.coroutine: Any = None
         self.waits_for = "its first turn"
-        self.over = False
+        self.over = self.within = False
 
     def report(self, step: int, values: dict[str, Any]) -> None:
         self._runtime.report(self.name, self.index, step, values)
@@ -231,13 +285,24 @@ class InlineRole:
     def advance(self, steps: int) -> None:
         self._runtime.steps = steps
 
+    @contextmanager
+    def unit(self) -> Iterator[None]:
+        self.within = True
+        yield
+        self.within = False
+
     def keep(self, part: Part) -> Part:
         if self._part is not None:
             raise RuntimeError(f"{self.name} {self.index} keeps two parts; keep one that holds both.")
         self._part = part
         if self._saved is not None:
             part.load_state(self._saved)
+        self._at_first = told(part)
         return part
+
+    def measure(self) -> None:
+        """Bring what it told of its work up to date."""
+        self._meter.tells(combined(told(self._part), self._at_first, -1), time.perf_counter())
 
     def state(self) -> State | None:
         return None if self._part is None else self._part.state()
@@ -246,12 +311,17 @@ class InlineRole:
         """Run until the next wait that is not over; whether anything was done."""
         if self.over:
             return False
+        began = self._runtime.meter.begins(self.title)
+        word: str | None = None
         try:
-            self.waits_for, done = self.coroutine.send(None)
+            self.waits_for, done, word = self.coroutine.send(None)
         except StopIteration:
             self.over, self.waits_for, done = True, "nothing, it has ended", True
         except Exception as error:
-            raise RoleError(f"{self.name} {self.index} failed: {error}") from error
+            raise RoleError(f"{self.title} failed: {error}") from error
+        if done:
+            self._meter.turn(WORK, began)
+            self._meter.turn(word, time.perf_counter())
         return done
 
 
@@ -259,13 +329,22 @@ class Inline:
     """Runs a graph of roles in this process.
 
     `between` is called after every round of turns with the steps so far and a function that gives the run's state; it
-    says whether to stop. A round ends when every role has had its turn, so the words of synchronous topologies are
-    empty then.
+    says whether to stop. A round ends when every role has had its turn and none is within a unit, so the words of
+    synchronous topologies are empty then.
     """
 
     def __init__(self, report: Callable[[str, int, int, dict[str, Any]], None]) -> None:
         self.report = report
         self.steps = 0
+        self.meter = Meter()
+        self._roles: list[InlineRole] = []
+        self._words: dict[str, Any] = {}
+
+    def measured(self) -> dict[str, Any]:
+        """What happened so far (`Meter.measured`)."""
+        for role in self._roles:
+            role.measure()
+        return self.meter.measured(self._words)
 
     def run(
         self, graph: Graph, between: Callable[[int, Callable[[], State]], bool], saved: State | None = None
@@ -276,16 +355,26 @@ class Inline:
             Deadlock: if no role can go on.
             RoleError: if a role raises.
         """
-        words = {name: WORDS[spec.kind](**spec.options) for name, spec in graph.words.items()}
+        words = {
+            name: WORDS[spec.kind](self.meter.word(name, spec.kind), **spec.options)
+            for name, spec in graph.words.items()
+        }
         roles = [self._start(spec, words, graph.seed, saved) for spec in graph.roles]
+        self._words, self._roles = words, roles
         if saved is not None:
+            self.steps = saved["steps"]
             for name, word in words.items():
                 if isinstance(word, Stateful):
                     word.load_state(saved["words"].get(name, {}))
         try:
             while True:
                 over = self._round(roles)
-                if between(self.steps, lambda: self._state(roles, words)) or over:
+                if any(role.within for role in roles) and not over:
+                    continue
+                began = time.perf_counter()
+                stop = between(self.steps, lambda: self._state(roles, words))
+                self.meter.keeper += time.perf_counter() - began
+                if stop or over:
                     return self._state(roles, words)
         finally:
             for role in roles:
@@ -303,7 +392,7 @@ class Inline:
         if any(role.over and role.ends_run for role in roles):
             return True
         if not any(done):
-            waits = "; ".join(f"{role.name} {role.index} waits for {role.waits_for}" for role in roles)
+            waits = "; ".join(f"{role.title} waits for {role.waits_for}" for role in roles)
             raise Deadlock(f"no role can go on: {waits}.")
         return False
 

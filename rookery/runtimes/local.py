@@ -17,9 +17,11 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
+from rookery.runtimes.arrivals import DIED, KEPT, MESSAGE, PAUSE, RELENT, RESUME, TURN, Arrivals
 from rookery.runtimes.boxes import packed, unpacked
 from rookery.runtimes.inline import Deadlock, RoleError, State, role_seed
 from rookery.runtimes.local_words import WORDS, Box, Member
+from rookery.runtimes.meter import WORK, Meter
 from rookery.runtimes.process import main
 from rookery.runtimes.words import Graph
 
@@ -28,7 +30,7 @@ __all__ = ["Local"]
 log = logging.getLogger("rookery")
 
 TICK = 0.2  # seconds after which signals and deadlines are looked at, when nothing happens
-UNITS = ("put", "insert", "publish", "answer", "report")  # what a role says when it has done a unit of work
+UNITS = ("put", "insert", "publish", "answer", "report", "advance")  # what a role says when it has done a unit of work
 BURST = 64  # messages heard from one member before the others have their turn
 ASIDE = ("box", "count")  # questions that are answered at once, and lend no work
 UNGUARDED = "what it says stands above; a script needs `if __name__ == '__main__':` before it trains"
@@ -46,6 +48,7 @@ class Local:
         report: takes role, index, step and values of every row.
         threads: of torch, in each process.
         deadline: seconds that a role may work without a word.
+        arrivals: where to write down the order in which messages are heard (`Rerun`).
     """
 
     def __init__(
@@ -55,11 +58,16 @@ class Local:
         threads: int = 1,
         deadline: float = 600.0,
         failures: int = 3,
+        arrivals: Arrivals | None = None,
     ) -> None:
         self.report, self.threads, self.deadline, self.failures = report, threads, deadline, failures
+        self.arrivals = arrivals
         self.steps = self.restarts = self.dropped = 0
         self.members: list[Member] = []
         self.words: dict[str, Any] = {}
+        self.meter = Meter()
+        self._measured: dict[str, Any] | None = None  # when the run was over
+        self._since = 0.0  # when there was last nothing to hear
         self._boxes: dict[int, Box] = {}
         self._paused = False
         self._owing: set[int] = set()  # members whose state was asked for
@@ -79,6 +87,16 @@ class Local:
             box.known_to.add(member.connection)
             self._send(member, "box", box.number, box.value)
         return box.number
+
+    # Measuring.
+
+    def measured(self) -> dict[str, Any]:
+        """What happened so far (`Meter.measured`).
+
+        A role waits from the moment that its question is heard until it can be answered; messages under way, and what
+        the word does to answer, count as its work.
+        """
+        return self._measured or self.meter.measured(self.words, 1 + len(self.members))
 
     # Running.
 
@@ -100,25 +118,35 @@ class Local:
         for spec in graph.roles:
             state = None if saved is None else saved["roles"].get(f"{spec.name}_{spec.index}")
             self.members.append(Member(spec, role_seed(graph.seed, spec), packed(state)))
+            self.meter.role(self.members[-1].name)
+        self._prepare(graph)
+        self._measured = None
+        try:
+            for member in self.members:
+                self._start(member)
+            self._since = time.perf_counter()
+            while not between(self.steps, self.snapshot) and not self._ended():
+                self._turn()
+            return self.snapshot()
+        finally:
+            self._measured = self.measured()
+            self._end()
+            if self.arrivals is not None:
+                self.arrivals.close()
+            self.members, self.words, self._boxes = [], {}, {}  # which frees the shared memory
+
+    def _prepare(self, graph: Graph) -> None:
         # One process imports what roles need, and each role is a fork of it: 10 ms instead of 1.5 s.
         self._context.set_forkserver_preload(
             [main.__module__, *sorted({spec.function.__module__ for spec in graph.roles})]
         )
         multiprocessing.util.get_temp_dir()  # one for all processes: a killed one cannot remove its own
         _open_many_files()
-        try:
-            for member in self.members:
-                self._start(member)
-            while not between(self.steps, self.snapshot) and not self._ended():
-                self._turn()
-            return self.snapshot()
-        finally:
-            self._end()
-            self.members, self.words, self._boxes = [], {}, {}  # which frees the shared memory
 
     def snapshot(self) -> State:
         """The run's state once nobody is at work: what is begun is finished, nothing new is started."""
         self._paused = True
+        self._note(PAUSE)
         while True:
             while self._answer_all() or not self._idle() or self._finish():
                 self._turn()
@@ -130,6 +158,10 @@ class Local:
             if not self._owing:  # else one has died: once more
                 break
         self._paused = False
+        self._note(RESUME)
+        return self._collected()
+
+    def _collected(self) -> State:
         kept = {f"{member.spec.name}_{member.spec.index}": member.kept for member in self.members}
         return {
             "roles": {name: unpacked(state) for name, state in kept.items() if state is not None},
@@ -148,15 +180,24 @@ class Local:
     def _turn(self) -> None:
         """Answer what can be answered, and hear what there is to be heard."""
         self._answer_all()
+        self._note(TURN)
         at = {member.connection: member for member in self.members if not member.over}
         if self._idle() and not self._paused and not self._ended() and not wait(list(at), 0):
-            if sum(word.relent() for word in self.words.values() if hasattr(word, "relent")):
+            if self._relent():
+                self._note(RELENT)
                 return
             waits = "; ".join(f"{member.name} waits for {member.waits_for}" for member in self.members)
             raise Deadlock(f"no role can go on: {waits}.")
-        for connection in wait(list(at), TICK):
+        self.meter.keeper += time.perf_counter() - self._since
+        heard = wait(list(at), TICK)
+        self._since = time.perf_counter()
+        for connection in heard:
             self._listen(at[connection])  # type: ignore[index]
         self._look_after()
+
+    def _relent(self) -> bool:
+        """Let those go on who were made to wait because of a death; whether there are any."""
+        return bool(sum(word.relent() for word in self.words.values() if hasattr(word, "relent")))
 
     def _listen(self, member: Member) -> None:
         """Hear what a member says."""
@@ -168,22 +209,35 @@ class Local:
                 message = connection.recv()
             except (EOFError, OSError) as error:
                 hint = "" if member.spoke else f" before it began; {UNGUARDED}"
+                self._note(DIED, self.members.index(member))
                 self._revive(member, f"its process ended ({_cause(member.process)}){hint}", error)
                 return
-            try:
-                self._hear(member, *message)
-            except RoleError:
-                raise
-            except Exception as error:  # a word's, on the role's behalf
-                raise RoleError(f"{member.name} failed: {error}") from error
+            if message[0] == "told":  # which changes nothing
+                self.meter.role(member.name).tells(message[1], time.perf_counter())
+                continue
+            if message[0] != "box" and not (message[0] == "ask" and message[2] in ASIDE):
+                self._note(KEPT if message[0] == "kept" else MESSAGE, self.members.index(member))
+            self._take(member, message)
             if member.over or member.connection is not connection:
                 return
+
+    def _take(self, member: Member, message: tuple[Any, ...]) -> None:
+        try:
+            self._hear(member, *message)
+        except RoleError:
+            raise
+        except Exception as error:  # a word's, on the role's behalf
+            raise RoleError(f"{member.name} failed: {error}") from error
+
+    def _note(self, what: int, role: int = 0) -> None:
+        if self.arrivals is not None:
+            self.arrivals.note(what, role)
 
     def _idle(self) -> bool:
         return all(member.over or member.waiting is not None for member in self.members)
 
     def _hear(self, member: Member, kind: str, *rest: Any) -> None:
-        member.since, member.spoke = time.monotonic(), True
+        member.since, member.spoke, self.meter.who = time.monotonic(), True, member.name
         if kind == "tell":
             word, what, args = rest
             getattr(self.words[word], f"tell_{what}")(member, *args)
@@ -192,6 +246,8 @@ class Local:
             word, what, args = rest
             member.waiting = getattr(self.words[word], f"ask_{what}")(member, *args)
             member.starts, member.works = what in self.words[word].starts, what not in ASIDE
+            if member.works:
+                self.meter.role(member.name).turn(word, self.meter.begins(member.name))
         elif kind == "box":
             number, value = rest
             self._boxes[number].value = value
@@ -199,8 +255,12 @@ class Local:
         elif kind == "report":
             self.report(member.spec.name, member.spec.index, *rest)
             self._credit(member, kind)
-        elif kind == "advance":
-            self.steps = rest[0]
+        elif kind == "within":
+            member.within = rest[0]
+        elif kind == "advance":  # of several roles at once the furthest; who begins again may have fallen back
+            self.steps = max(self.steps, rest[0]) if member.advanced else rest[0]
+            member.advanced = True
+            self._credit(member, kind)
         elif kind == "kept":
             member.kept = rest[0]
         elif kind == "state":
@@ -208,6 +268,7 @@ class Local:
             self._owing.discard(id(member))
         elif kind == "over":
             member.over, member.waits_for, member.kept = True, "nothing, it has ended", rest[0]
+            self.meter.role(member.name).turn(None, time.perf_counter())
             self._send(member, "end")
         elif kind == "failed":
             error, trace = rest
@@ -229,13 +290,16 @@ class Local:
 
     def _answer(self, member: Member, paused: bool) -> bool:
         """Answer a member's question if that can be; whether it was."""
-        if member.waiting is None or (paused and member.starts):
+        if member.waiting is None or (paused and member.starts and not member.within):
             return False
+        self.meter.who, began = member.name, time.perf_counter()
         try:
-            member.waits_for, _ = member.waiting.send(None)
+            member.waits_for, *_ = member.waiting.send(None)
             return False
         except StopIteration as answer:
             member.waiting, member.since = None, time.monotonic()
+            if member.works:
+                self.meter.role(member.name).turn(WORK, began)
             member.granted |= member.works
             self._send(member, "answer", answer.value)
             return True
@@ -257,6 +321,7 @@ class Local:
             ) from error
         theirs.close()
         member.process, member.since, member.granted, member.spoke = process, time.monotonic(), False, False
+        member.within = member.advanced = False
 
     def _revive(self, member: Member, reason: str, error: BaseException) -> None:
         """Start a role again that has failed, and take back what it held."""
@@ -272,6 +337,7 @@ class Local:
                 word.forget(member)
         member.filling, member.reading, member.waiting = {}, {}, None
         self.dropped += lost
+        self.meter.role(member.name).dies(lost, time.perf_counter())
         log.warning("%s failed: %s", member.name, reason, exc_info=error)
         if member.failures >= self.failures:
             raise RoleError(f"{member.name} failed {member.failures} times in a row: {reason}") from error
@@ -285,6 +351,7 @@ class Local:
         for member in self.members:
             if member.waiting is None and not member.over and now - member.since > self.deadline:
                 reason = f"it was not heard of for {self.deadline:g} s"
+                self._note(DIED, self.members.index(member))
                 self._revive(member, reason, TimeoutError(reason))
 
     def _send(self, member: Member, *message: Any) -> None:

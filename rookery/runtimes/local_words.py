@@ -11,6 +11,7 @@ import numpy as np
 
 from rookery.runtimes.boxes import copied, fits, pour, unpacked
 from rookery.runtimes.inline import InlineCalls, InlineQueue, InlineReplay, InlineWeights, State, until
+from rookery.runtimes.meter import Meter, nbytes
 from rookery.runtimes.words import Published, RoleSpec
 
 __all__ = ["WORDS", "Box", "Member"]
@@ -20,6 +21,7 @@ class Lender(Protocol):
     """What the words ask of their runtime."""
 
     members: list[Member]
+    meter: Meter
 
     def box(self, value: Any = None) -> Box:
         """A new box."""
@@ -39,6 +41,10 @@ class Box:
         """What a replay takes from a slot."""
         return self.value.batch()
 
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.value)
+
 
 @dataclass
 class Member:
@@ -48,17 +54,19 @@ class Member:
     seed: int
     kept: State | None  # its state when that was last heard of, packed
     process: Any = None
-    connection: Connection = None  # type: ignore[assignment]  # from its start on
+    connection: Any = None  # from its start on
     waiting: Coroutine[Any, Any, Any] | None = None  # its question
     starts: bool = False  # whether the answer starts new work, rather than ending some
     works: bool = False  # whether it gives work at all
     waits_for: str = "its first turn"
     since: float = 0.0  # when it was last heard of
     spoke: bool = False  # since its process began
+    advanced: bool = False  # the run's clock, since its process began
     over: bool = False
     failures: int = 0  # in a row
     failed_at: int = -1  # steps of the run at the last failure
     granted: bool = False  # whether it is at a unit of work
+    within: bool = False  # whether it is at what has to be done whole
     filling: dict[int, tuple[str, Box]] = field(default_factory=dict)  # boxes lent to it, and by which word
     reading: dict[int, tuple[str, Box]] = field(default_factory=dict)
 
@@ -73,7 +81,7 @@ class LocalQueue(InlineQueue):
     starts = ("slot",)
 
     def __init__(self, runtime: Lender, name: str, each: int) -> None:
-        super().__init__(each)
+        super().__init__(runtime.meter.word(name, "queue"), each)
         self.runtime, self.name = runtime, name
 
     async def ask_slot(self, member: Member, index: int) -> int:
@@ -130,7 +138,7 @@ class LocalWeights(InlineWeights):
     starts = ("newer_than", "latest")
 
     def __init__(self, runtime: Lender, name: str, once: bool = False) -> None:
-        super().__init__(once)
+        super().__init__(runtime.meter.word(name, "weights"), once)
         self.runtime, self.name = runtime, name
         self._boxes: list[Box] = []
         self._readings: dict[int, Reading] = {}  # by the member
@@ -170,20 +178,28 @@ class LocalWeights(InlineWeights):
             least = max(version, known.published.version) if known.ended else version
             return self._newest.version > least or self._era > known.era
 
-        await until(ready, f"weights newer than {version}")
+        await until(ready, f"weights newer than {version}", self.name)
         return self._read(member)
 
     async def ask_latest(self, member: Member) -> tuple[int, int, int]:
-        await self.latest()
+        await self.newer_than(-1)
         return self._read(member)
 
     def _read(self, member: Member) -> tuple[int, int, int]:
         assert self._newest is not None
         self._readings[id(member)] = Reading(self._newest, self._era)
+        self.meter.reads(self._newest.version)
         return self._newest.version, self.runtime.lend(member, self._newest.values), self._newest.steps
 
     def _turn(self) -> None:
         self._era, self._turning = self._era + 1, False
+
+    def state(self) -> State:
+        state = super().state()
+        return {**state, "values": state["values"].value} if state else {}
+
+    def load_state(self, state: State) -> None:
+        super().load_state({**state, "values": self.runtime.box(copied(state["values"]))} if state else {})
 
     def reclaim(self, filling: list[Box], reading: list[Box]) -> int:
         return 0
@@ -217,7 +233,7 @@ class LocalReplay(InlineReplay):
     starts = ("slot",)
 
     def __init__(self, runtime: Lender, name: str, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(runtime.meter.word(name, "replay"), **options)
         self.runtime, self.name = runtime, name
         self._samples: list[Box] = []
         self._lent: dict[int, tuple[int, Box]] = {}  # samples, and the box they are in, by the member that has them
@@ -275,7 +291,7 @@ class LocalCalls(InlineCalls):
     starts = ("ask",)
 
     def __init__(self, runtime: Lender, name: str) -> None:
-        super().__init__()
+        super().__init__(runtime.meter.word(name, "calls"))
         self._open: dict[int, tuple[Member, Any, Callable[[Any], None]]] = {}  # who works on which request
         self._asked = 0
 

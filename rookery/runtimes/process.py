@@ -7,19 +7,22 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from rookery.runtimes.boxes import copied, fits, packed, pour, unpacked
+from rookery.runtimes.meter import Told, combined, told
 from rookery.runtimes.words import Part, Published, RoleSpec, Stateful
 
-__all__ = ["Link", "main"]
+__all__ = ["Ended", "Link", "begun", "main"]
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 SHARE = 0.02  # of a role's time that may go into handing over its state
+TELL = 0.25  # seconds between two accounts of a role's work
 
 
 class Ended(BaseException):
@@ -29,12 +32,13 @@ class Ended(BaseException):
 class Link:
     """A role's line to the runtime; it waits for answers, and hands over the role's state meanwhile."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Any) -> None:
         self.connection = connection
         self.boxes: dict[int, Any] = {}
         self.numbers: dict[int, int] = {}  # of boxes by their identity
         self.part: Stateful | None = None
         self._handed, self._took = time.monotonic(), 0.0  # when the state was last handed over, and how long that took
+        self._at_first, self._told = told(None), 0.0  # the part's account when it was kept; when it was last told
 
     def send(self, *message: Any) -> None:
         try:
@@ -45,8 +49,14 @@ class Link:
     def tell(self, word: str, what: str, *args: Any) -> None:
         self.send("tell", word, what, args)
 
-    def ask(self, word: str, what: str, *args: Any) -> Any:
+    async def ask(self, word: str, what: str, *args: Any) -> Any:
         """Send a request and wait for its answer."""
+        return self.aside(word, what, *args)
+
+    def aside(self, word: str, what: str, *args: Any) -> Any:
+        """`ask` for what is answered at once."""
+        if time.monotonic() - self._told > TELL:
+            self.account()
         self.send("ask", word, what, args)
         return self.hear("answer")
 
@@ -60,11 +70,22 @@ class Link:
             if kind == "box":
                 self.know(*rest)
             elif kind == "state":
+                self.account()
                 self.send("state", self.state())
             elif kind == "end":
                 raise Ended
             if kind == wanted:
                 return rest[0]
+
+    def keep(self, part: Stateful) -> None:
+        """Take the role's part, as it begins."""
+        self.part, self._at_first = part, told(part)
+
+    def account(self) -> None:
+        """Say what the role's work was so far."""
+        self._told = time.monotonic()
+        account: Told = {**combined(told(self.part), self._at_first, -1), "cpu": time.process_time()}
+        self.send("told", account)
 
     def know(self, number: int, box: Any) -> None:
         self.boxes[number], self.numbers[id(box)] = box, number
@@ -96,14 +117,15 @@ class LinkedQueue:
         self.link, self.name = link, name
 
     async def slot(self, make: Callable[[], Any], index: int) -> Any:
-        number = self.link.ask(self.name, "slot", index)
+        number = await self.link.ask(self.name, "slot", index)
         return self.link.boxes[number] if number in self.link.boxes else self.link.make(number, make())
 
     def put(self, slot: Any) -> None:
         self.link.tell(self.name, "put", self.link.numbers[id(slot)])
 
     async def get(self, count: int) -> list[Any]:
-        return [self.link.boxes[number] for number in self.link.ask(self.name, "get", count)]
+        numbers = await self.link.ask(self.name, "get", count)
+        return [self.link.boxes[number] for number in numbers]
 
     def release(self, slots: list[Any]) -> None:
         self.link.tell(self.name, "release", [self.link.numbers[id(slot)] for slot in slots])
@@ -117,7 +139,7 @@ class LinkedWeights:
 
     def publish(self, version: int, values: Any, steps: int) -> None:
         link = self.link
-        number = link.ask(self.name, "box")
+        number = link.aside(self.name, "box")
         if number in link.boxes and fits(link.boxes[number], values):
             pour(values, link.boxes[number])
         else:
@@ -126,11 +148,11 @@ class LinkedWeights:
         link.hand_over()
 
     async def newer_than(self, version: int) -> Published:
-        version, number, steps = self.link.ask(self.name, "newer_than", version)
+        version, number, steps = await self.link.ask(self.name, "newer_than", version)
         return Published(version, self.link.boxes[number], steps)
 
     async def latest(self) -> Published:
-        version, number, steps = self.link.ask(self.name, "latest")
+        version, number, steps = await self.link.ask(self.name, "latest")
         return Published(version, self.link.boxes[number], steps)
 
 
@@ -139,10 +161,10 @@ class LinkedReplay:
 
     def __init__(self, link: Link, name: str) -> None:
         self.link, self.name = link, name
-        self.inserts = link.ask(name, "count")
+        self.inserts = link.aside(name, "count")
 
     async def slot(self, make: Callable[[], Any], items: int, writer: int = 0) -> Any:
-        number, self.inserts = self.link.ask(self.name, "slot", items, writer)
+        number, self.inserts = await self.link.ask(self.name, "slot", items, writer)
         return self.link.boxes[number] if number in self.link.boxes else self.link.make(number, make())
 
     def insert(self, slot: Any, count: int, writer: int = 0) -> None:
@@ -150,7 +172,7 @@ class LinkedReplay:
         self.link.tell(self.name, "insert", self.link.numbers[id(slot)], count, writer)
 
     async def sample(self, count: int, most: int = 1, **how: Any) -> Any:
-        number, self.inserts = self.link.ask(self.name, "sample", count, most, how)
+        number, self.inserts = await self.link.ask(self.name, "sample", count, most, how)
         return self.link.boxes[number]
 
     def prioritise(self, index: Any, priorities: Any) -> None:
@@ -164,13 +186,13 @@ class LinkedCalls:
         self.link, self.name = link, name
 
     async def ask(self, request: Any) -> Any:
-        return self.link.ask(self.name, "ask", request)
+        return await self.link.ask(self.name, "ask", request)
 
     async def requests(self, most: int) -> list[tuple[Any, Callable[[Any], None]]]:
         def answer(number: int) -> Callable[[Any], None]:
             return lambda value: self.link.tell(self.name, "answer", number, value)
 
-        return [(request, answer(number)) for number, request in self.link.ask(self.name, "requests", most)]
+        return [(request, answer(number)) for number, request in await self.link.ask(self.name, "requests", most)]
 
 
 WORDS = {"queue": LinkedQueue, "weights": LinkedWeights, "replay": LinkedReplay, "calls": LinkedCalls}
@@ -188,12 +210,18 @@ class LinkedRole:
     def advance(self, steps: int) -> None:
         self.link.send("advance", steps)
 
+    @contextmanager
+    def unit(self) -> Iterator[None]:
+        self.link.send("within", True)
+        yield
+        self.link.send("within", False)
+
     def keep(self, part: Part) -> Part:
         if self.link.part is not None:
             raise RuntimeError(f"{self.name} {self.index} keeps two parts; keep one that holds both.")
-        self.link.part = part
         if self._saved is not None:
             part.load_state(self._saved)
+        self.link.keep(part)
         return part
 
 
@@ -206,27 +234,32 @@ def main(connection: Connection, spec: RoleSpec, seed: int, saved: dict[str, Any
     link = Link(connection)
     try:
         try:
-            _play(link, spec, seed, saved)
+            _play(begun(link, spec, seed, saved), spec.name)
         except Exception as error:
             link.send("failed", str(error) or repr(error), traceback.format_exc())
         else:
+            link.account()
             link.send("over", link.state())
         link.hear("end")  # until then this process is here to share the boxes it made
     except Ended:
         pass
 
 
-def _play(link: Link, spec: RoleSpec, seed: int, saved: dict[str, Any] | None) -> None:
-    """Run the role to its end."""
+def begun(link: Link, spec: RoleSpec, seed: int, saved: dict[str, Any] | None) -> Any:
+    """The role's coroutine, before its first turn."""
     args = spec.arguments(lambda word: WORDS[word.kind](link, word.name))
-    coroutine: Any = spec.function(LinkedRole(link, spec, seed, None if saved is None else unpacked(saved)), **args)
+    return spec.function(LinkedRole(link, spec, seed, None if saved is None else unpacked(saved)), **args)
+
+
+def _play(coroutine: Any, name: str) -> None:
+    """Run a role to its end."""
     try:
         coroutine.send(None)  # its words wait inside
     except StopIteration:
         return
     finally:
         coroutine.close()
-    raise RuntimeError(f"{spec.name} awaits something that is not a word; use only the words handed to it.")
+    raise RuntimeError(f"{name} awaits something that is not a word; use only the words handed to it.")
 
 
 def _die_with_parent() -> None:

@@ -8,6 +8,7 @@ here knows of reinforcement learning.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -54,7 +55,7 @@ class Weights(Protocol):
     """The newest value, with a version.
 
     With the option `once` the first value that is published stays: everybody who reads it shares its memory, and may
-    write to it.
+    write to it. It is in checkpoints. Whoever asks for the latest lets others go on, and the run's state be taken.
     """
 
     def publish(self, version: int, values: Any, steps: int) -> None: ...
@@ -105,6 +106,9 @@ class Role(Protocol):
 
     def advance(self, steps: int) -> None:
         """Say how many steps the run has come: the clock of checkpoints and progress."""
+
+    def unit(self) -> AbstractContextManager[None]:
+        """While a role is within, the run's state is not taken: what is done there is done whole."""
 
     def keep(self, part: Part) -> Part:
         """Put `part`'s state into checkpoints, and bring it to the saved state when the run is resumed."""

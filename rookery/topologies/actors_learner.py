@@ -11,72 +11,16 @@ the loss has to correct for (IMPALA, APPO).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from rookery.actor import Collector, Unroll
-from rookery.data.plan import OnPolicy, ReplayPlan
+from rookery.actor import Collector, joined
+from rookery.algorithms.base import Algorithm
 from rookery.evaluator import Evaluator
 from rookery.learner import Learner
 from rookery.runtimes.words import Graph, Queue, Role, Weights
+from rookery.topologies import replicas
+from rookery.topologies.setting import Setting, crosses
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from rookery.algorithms.base import Algorithm, PolicyNet
-    from rookery.envs.spec import GoalReward
-    from rookery.envs.vector import VectorEnv
-
-__all__ = ["ReplaySetting", "Setting", "actor", "evaluator", "learner", "wire"]
-
-
-@dataclass(frozen=True)
-class ReplaySetting:
-    """Where replay lies, and what it knows of the environment."""
-
-    memory: Literal["ram", "shared"] | Path = "ram"  # a path is the folder of memory-mapped files
-    device: str = "cpu"
-    save: bool = True  # in checkpoints
-    stack: int = 1  # frames of an observation, each stored once
-    goal_reward: GoalReward | None = None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What every role of a run is built from."""
-
-    algorithm: Algorithm
-    make_env: Callable[[int, int], VectorEnv]  # from the number of lanes and a seed
-    make_net: Callable[[], PolicyNet]  # always with the same weights
-    lanes: int  # an actor's
-    total_steps: int
-    log_every: int  # steps
-    eval_every: int  # steps; 0 for never
-    eval_episodes: int
-    compile: bool = False
-    graphs: bool = False
-    bf16: bool = False
-    replay: ReplaySetting = field(default_factory=ReplaySetting)
-
-    @property
-    def unroll_plan(self) -> OnPolicy:
-        """Which unrolls the algorithm asks for."""
-        assert isinstance(self.algorithm.plan, OnPolicy)  # for the type checker: replay has another topology
-        return self.algorithm.plan
-
-    @property
-    def replay_plan(self) -> ReplayPlan:
-        """What the algorithm asks of replay."""
-        assert isinstance(self.algorithm.plan, ReplayPlan)  # for the type checker: others have no replay
-        return self.algorithm.plan
-
-    @property
-    def means(self) -> dict[str, bool]:
-        """How acting and learning are computed."""
-        return {"compile": self.compile, "graphs": self.graphs, "bf16": self.bf16}
+__all__ = ["actor", "check", "evaluator", "learner", "wire"]
 
 
 async def actor(role: Role, setting: Setting, weights: Weights, unrolls: Queue) -> None:
@@ -136,30 +80,28 @@ async def evaluator(role: Role, setting: Setting, weights: Weights) -> None:
         env.close()
 
 
-def joined(slots: list[Unroll]) -> dict[str, Any]:
-    """Unrolls side by side, as one batch of all their lanes; a single one is not copied."""
-    batches = [slot.batch() for slot in slots]
-    if len(batches) == 1:
-        return batches[0]
-    return {name: torch.cat([batch[name] for batch in batches], dim=int(name != "state")) for name in batches[0]}
+def check(algorithm: Algorithm, lanes: int, actors: int, learners: int) -> None:
+    """Refuse numbers of roles that the algorithm's data cannot be shared out among."""
+    if learners > 1:
+        replicas.check(algorithm, lanes, actors, learners)
 
 
-def crosses(before: int, after: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]."""
-    return before // every != after // every
-
-
-def wire(setting: Setting, seed: int, actors: int = 1) -> Graph:
-    """The whole topology."""
+def wire(setting: Setting, seed: int, actors: int = 1, learners: int = 1) -> Graph:
+    """The whole topology; several learners are replicas of one, each with its share of the actors."""
     graph = Graph(seed)
     weights = graph.word("weights", "weights")
     plan = setting.unroll_plan
-    count = plan.unrolls or actors
+    count = max(plan.unrolls, learners) if plan.unrolls else actors  # unrolls of a batch
     # One unroll of each actor, or one to fill while the learner has one, and as many as a batch takes.
-    unrolls = graph.word("queue", "unrolls", each=1 + math.ceil(count / actors) if plan.stale else 1)
+    each = 1 + math.ceil(count / actors) if plan.stale else 1
+    names = ["unrolls"] if learners == 1 else [f"unrolls_{index}" for index in range(learners)]
+    queues = [graph.word("queue", name, each=each) for name in names]
     for index in range(actors):
-        graph.role(actor, index, setting=setting, weights=weights, unrolls=unrolls)
-    graph.role(learner, setting=setting, count=count, weights=weights, unrolls=unrolls, ends_run=True)
+        graph.role(actor, index, setting=setting, weights=weights, unrolls=queues[index % learners])
+    if learners == 1:
+        graph.role(learner, setting=setting, count=count, weights=weights, unrolls=queues[0], ends_run=True)
+    else:
+        replicas.wire(graph, setting, count // learners, weights, queues)
     if setting.eval_every:
         graph.role(evaluator, setting=setting, weights=weights)
     return graph

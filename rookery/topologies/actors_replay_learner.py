@@ -19,7 +19,8 @@ from rookery.actor import Collector
 from rookery.data.replay import ReplayBuffer
 from rookery.learner import Learner
 from rookery.runtimes.words import Graph, Replay, Role, Weights
-from rookery.topologies.actors_learner import Setting, crosses, evaluator
+from rookery.topologies.actors_learner import evaluator
+from rookery.topologies.setting import Setting, crosses
 
 __all__ = ["MakeStore", "actor", "learner", "wire"]
 

@@ -15,7 +15,7 @@ __all__ = ["ALLOWED", "PACKAGE", "imports_of", "modules_of", "wrong_arrows"]
 PACKAGE = Path(__file__).resolve().parents[2] / "rookery"
 
 FOUNDATION = ("algorithms", "data", "envs", "nn", "estimators")
-COMMON_USE = ("actor", "learner", "evaluator")
+COMMON_USE = ("actor", "learner", "evaluator", "shard")
 
 # Part -> what it may import beside itself: parts, or modules of a part ("envs.spec"). A new part needs a row.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -30,13 +30,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "actor": FOUNDATION,
     "learner": FOUNDATION,
     "evaluator": FOUNDATION,
+    "shard": FOUNDATION,
     "topologies": (*COMMON_USE, *FOUNDATION, "runtimes"),
     "systems": ("topologies", "algorithms", "data", "recipes"),
     "settings": ("systems", *FOUNDATION),
     "run": ("settings", "systems", "evaluator", *FOUNDATION, "runs"),
     "train": ("run", "settings", "systems", "topologies", *COMMON_USE, *FOUNDATION, "runs", "runtimes"),
+    "rerun": ("train", "run", "settings", *FOUNDATION, "runs", "runtimes"),
     "cli": (
         "train",
+        "rerun",
         "run",
         "settings",
         "systems",

@@ -315,6 +315,37 @@ def test_dqn_keeps_its_ratio(deaths: Any, tmp_path: Path) -> None:
     assert saved["run"]["roles"]["learner_0"]["counts"]["steps"] >= 4_000
 
 
+def test_gorila_outlives_its_bundles_and_shards(deaths: Any, tmp_path: Path) -> None:
+    """A bundle begins with the shards' parameters, a shard with those that it last handed over; the others go on."""
+    killer = Killer(2, ["learner 0", "learner 1", "shard 0", "shard 1", "evaluator 0"] * 2, gap=150)
+    deaths(killer)
+    settings = {**SETTINGS, "batch": 8, "capacity": 2_000, "learning_starts": 100, "updates_per_step": 0.25}
+    settings |= {"shards": 2, "steps": 4_000, "eval_every": 500}
+    found = rookery.train("gorila", "CartPole-v1", run_dir=tmp_path / "run", **settings)
+    killer.check()
+    _, saved = found.checkpoints.latest()
+    roles = saved["run"]["roles"]
+    assert found.summary["steps"] == roles["shard_0"]["counts"]["steps"] >= 4_000
+    assert min(roles[f"shard_{index}"]["counts"]["version"] for index in range(2)) > 100
+    assert all(torch.isfinite(each).all() for each in roles["learner_0"]["net"].values())
+    assert (found.path / "metrics.jsonl").read_text().count('"restarted"') == 10
+
+
+def test_what_workers_share_outlives_them(deaths: Any, tmp_path: Path) -> None:
+    """The first worker made it; all go on with it, and what was counted and learnt by then is there."""
+    killer = Killer(2, ["learner 0", "learner 1"] * 3, gap=300)
+    deaths(killer)
+    settings = {**SETTINGS, "actors": 1, "learners": 2, "unroll": 5, "steps": 5_000}
+    settings |= {"eval_every": 10**9}
+    found = rookery.train("a3c", "CartPole-v1", run_dir=tmp_path / "run", **settings)
+    killer.check()
+    memory = found.saved()["run"]["words"]["memory"]["values"]
+    assert memory["steps"].sum() == found.summary["steps"] >= 5_000
+    updates = memory["updates"].sum()
+    assert updates * 4 * 5 >= found.summary["steps"]
+    assert 0.9 * updates <= memory["statistics"]["all"]["step"] <= updates + 6
+
+
 # The runtime's own process.
 
 

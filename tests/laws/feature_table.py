@@ -45,7 +45,8 @@ FEATURES: list[dict[str, Any]] = [
     {"name": "replay in files", "env": EITHER, "replay_memory": "disk"},
     {"name": "bf16", "env": EITHER, "precision": "bf16"},
     {"name": "several actors", "env": EITHER, "actors": 2},
-    {"name": "local runtime", "env": EITHER, "runtime": "local", "actors": 2},
+    {"name": "several learners", "env": EITHER, "learners": 2, "actors": 2},
+    {"name": "local runtime", "env": EITHER, "runtime": "local"},
     {"name": "local, dict observation", "env": ("tensor:ProbeDict-v0", "tensor:ProbeDictBox-v0"), "runtime": "local"},
     {"name": "resumed", "env": EITHER},
     {"name": "compiled", "env": EITHER, "compile": True},
@@ -65,6 +66,8 @@ def try_cell(system: str, feature: dict[str, Any], folder: Path) -> str:
     env = feature["env"] if isinstance(feature["env"], str) else home(system, *feature["env"])
     if env == feature["env"][1]:
         options.pop("env_options", None)  # of the first
+    if "learners" in options and "actors" not in SYSTEMS[system].takes:
+        del options["actors"]  # its learners act
     path = folder / f"{system}-{feature['name']}"
     try:
         run = rookery.train(system, env, run_dir=path, quiet=True, **tiny(system, **options))

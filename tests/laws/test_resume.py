@@ -35,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "continuous": {"env": "tensor:Pendulum-v1", "env_options": {"max_steps": 20}},
     "noisy": {**HOME, "double": True, "dueling": True, "noisy": True},
     "prioritised": {**HOME, "alpha": 0.6, "n_step": 3, "unroll": 0},
+    "replicas": {**HOME, "actors": 2, "learners": 2},
+    "sharded": {**HOME, "actors": 3, "shards": 2, "max_delay": 1, "outliers": 1.0},
     "transformed": {**HOME, "actors": 2, "frame_stack": 3, "clip_reward": True},
 }
 LONG = 1_920  # steps of the runs that are interrupted from outside

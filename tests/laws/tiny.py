@@ -14,11 +14,12 @@ from torch import Tensor
 
 import rookery
 from rookery.envs.make import make_env
+from rookery.runs.metrics import RUNTIME
+from rookery.runs.recorder import CLOCK
 from rookery.systems import find
+from rookery.train import MEASURED
 
 __all__ = ["differences", "home", "metrics", "tiny", "weights"]
-
-CLOCK = ("seconds", "steps_per_second")
 
 # Fields that several algorithms have; each takes those it knows.
 SMALL = {"unroll": 4, "epochs": 2, "minibatches": 2, "hidden": (8,), "memory_size": 8}
@@ -27,12 +28,13 @@ SMALL |= {"batch": 8, "capacity": 96, "learning_starts": 24, "updates_per_step":
 SMALL |= {"target_period": 3, "epsilon_steps": 50, "quantiles": 8}
 RUN = {"steps": 160, "envs": 4, "eval_episodes": 2, "log_every": 16, "eval_every": 48, "sinks": ()}
 RUN |= {"device": "cpu", "threads": 1}
+FEW = {"a3c": {"learners": 2}}  # in place of the preset's
 
 
 def tiny(system: str, **settings: Any) -> dict[str, Any]:
     """Settings of a run of a few updates with checkpoints, evaluations and rows of metrics in between."""
     known = {field.name for field in dataclasses.fields(find(system).algorithm_class())}
-    return {**RUN, **{name: value for name, value in SMALL.items() if name in known}, **settings}
+    return {**RUN, **{name: value for name, value in SMALL.items() if name in known}, **FEW.get(system, {}), **settings}
 
 
 @cache
@@ -48,7 +50,7 @@ def home(system: str, discrete: str = "tensor:CartPole-v1", continuous: str = "t
 def metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics, without the clock."""
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
+    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows if row["role"] != RUNTIME]
 
 
 def weights(run: rookery.Run) -> dict[str, Tensor]:
@@ -65,7 +67,8 @@ def differences(one: rookery.Run, two: rookery.Run) -> list[str]:
     if ours != theirs:
         pairs = zip(ours, theirs, strict=False)
         found.append(f"metrics ({len(ours)}, {len(theirs)} rows): {next((p for p in pairs if p[0] != p[1]), 'length')}")
-    return found + _unequal("summary", one.summary, two.summary)
+    summaries = [{name: value for name, value in run.summary.items() if name not in MEASURED} for run in (one, two)]
+    return found + _unequal("summary", *summaries)
 
 
 def _unequal(path: str, one: Any, two: Any) -> list[str]:

@@ -171,3 +171,18 @@ def test_a_killed_writer_loses_no_row_it_had_finished(tmp_path: Path) -> None:
         done = max([1, *(int(line) for line in process.stdout if line.endswith("\n"))])
     MetricsLog(tmp_path / "m").close()
     assert [entry["step"] for entry in read(tmp_path / "m")][:done] == list(range(done))
+
+
+def test_rows_of_the_runtime_do_not_count(tmp_path: Path) -> None:
+    """How many there are depends on the clock; a log is cut back to the same rows of roles all the same."""
+    log = MetricsLog(tmp_path / "m")
+    for step in range(6):
+        log.append({"step": step, "role": "learner"})
+        log.append({"step": step, "role": "runtime"})
+        log.append({"step": step, "role": "runtime"})
+    assert log.rows() == 6
+    log.truncate_after(4, rows=3)
+    kept = [(row["step"], row["role"]) for row in read(log.path)]
+    assert [step for step, role in kept if role == "learner"] == [0, 1, 2]
+    assert kept[-1] == (2, "learner")
+    assert log.rows() == 3

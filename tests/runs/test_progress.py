@@ -66,6 +66,23 @@ def test_piped_is_a_line_every_five_seconds(clock: Clock) -> None:
     assert "\x1b" not in stream.getvalue()
 
 
+def measured(processes: int) -> dict[str, Any]:
+    shares = {"actor_busy": 0.931, "learner_busy": 0.4, "unrolls_fill": 0.5, "restarts": 0}
+    return {**shares, "measured": {"processes": processes, "bottleneck": {"limit": "environment"}}}
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_who_is_busy_is_shown_of_several_processes(processes: int, clock: Clock) -> None:
+    stream = io.StringIO()
+    shown = Progress(100, stream=stream)
+    shown.update(row(1, "runtime", **measured(processes)))
+    shown.update(row(1, "runtime", restarted="actor 0", dropped=1))
+    shown.update(row(1, policy_lag=1.25))
+    shown.close()
+    text = "busy: actor 93%, learner 40%  unrolls 50% full  lag 1.2  limit: environment\n"
+    assert stream.getvalue().endswith(text) == (processes > 1)
+
+
 def test_terminal_is_a_live_picture(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "120")

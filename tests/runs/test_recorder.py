@@ -54,11 +54,30 @@ def test_a_report_reaches_everything(tmp_path: Path) -> None:
 
 def test_summary(tmp_path: Path) -> None:
     recorder = Recorder(MetricsLog(tmp_path / "m"))
-    names = ["episodes", "return_mean_last_100", "eval_return_mean", "eval_return_std", "eval_episodes"]
+    names = ["episodes", "return_mean_last_100", "eval_return_mean", "eval_return_std", "eval_episodes", "policy_lag"]
     assert recorder.summary() == {"episodes": 0, **dict.fromkeys(names[1:])}
     play(recorder, 0, 250)
     assert list(recorder.summary()) == names
-    assert list(recorder.summary().values()) == [250, sum(range(150, 250)) / 100, 498.0, 1.0, 20]
+    assert list(recorder.summary().values()) == [250, sum(range(150, 250)) / 100, 498.0, 1.0, 20, None]
+
+
+def test_policy_lag_is_that_of_the_whole_run(tmp_path: Path) -> None:
+    whole, resumed = Recorder(MetricsLog(tmp_path / "m")), Recorder(MetricsLog(tmp_path / "n"))
+    whole.report("learner", 0, 1, {"policy_lag": 1.5, "policy_lag_max": 9})
+    resumed.load_state(whole.state())
+    for recorder in (whole, resumed):
+        recorder.report("learner", 0, 2, {"policy_lag": 0.5, "policy_lag_max": 1})
+        assert recorder.summary()["policy_lag"] == {"mean": 1.0, "max": 9}
+
+
+def test_rows_of_the_runtime_leave_no_trace_in_the_state(tmp_path: Path) -> None:
+    """How many there are depends on the clock, and states of equal runs are equal."""
+    one, other = Recorder(MetricsLog(tmp_path / "m")), Recorder(MetricsLog(tmp_path / "n"))
+    play(one, 0, 60)
+    for step in range(60):
+        other.report("runtime", 0, step, {"learner_busy": 0.5})
+        play(other, step, step + 1)
+    assert one.state() == other.state()
 
 
 def test_a_return_that_is_no_number_is_counted_and_not_averaged(tmp_path: Path) -> None:

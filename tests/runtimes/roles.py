@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 __all__ = [
+    "Busy",
     "Counter",
     "Empty",
     "Slot",
@@ -19,6 +21,7 @@ __all__ = [
     "clumsy",
     "collecting",
     "counting",
+    "digger",
     "emptier",
     "faulty",
     "filler",
@@ -35,6 +38,8 @@ __all__ = [
     "seeded",
     "seeded_too",
     "server",
+    "slow_taker",
+    "taker",
     "writer",
 ]
 
@@ -294,3 +299,51 @@ class Else:
 
 async def awaiting_else(role: Any) -> None:
     await Else()
+
+
+# Measuring
+
+
+class Busy:
+    """A part that says what its work is."""
+
+    def __init__(self) -> None:
+        self.seconds, self.steps, self.dropped = {"digging": 0.0}, 100, {"stale": 0}
+
+    def dig(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self.seconds["digging"] += seconds
+        self.steps += 3
+        self.dropped["stale"] += 1
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass
+
+
+async def digger(role: Any, queue: Any, rounds: int, seconds: float, marker: Path | None = None) -> None:
+    """Works for a known time in each round; with a marker, its first life ends in the second."""
+    part = role.keep(Busy())
+    for number in range(rounds):
+        slot = await queue.slot(Slot, role.index)
+        if number == 1 and marker is not None and not marker.exists():
+            marker.touch()
+            raise RuntimeError("the spade broke")
+        part.dig(seconds)
+        queue.put(slot)
+
+
+async def taker(role: Any, queue: Any, gets: int) -> None:
+    """Takes one at a time, and does nothing with it."""
+    for _ in range(gets):
+        queue.release(await queue.get(1))
+
+
+async def slow_taker(role: Any, queue: Any, gets: int, seconds: float) -> None:
+    """Keeps what it takes for a known time."""
+    for _ in range(gets):
+        slots = await queue.get(1)
+        time.sleep(seconds)
+        queue.release(slots)

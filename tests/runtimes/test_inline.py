@@ -24,7 +24,7 @@ class Turn:
     """Gives up one turn."""
 
     def __await__(self) -> Iterator[Any]:
-        yield "its next turn", True
+        yield "its next turn", True, ""
 
 
 async def player(role: Any, turns: list[int]) -> None:

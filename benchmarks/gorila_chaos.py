@@ -1,0 +1,188 @@
+"""Gorila on CartPole-v1 with a slow bundle, bundles that die, and nonsense: with its safeguards and without."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import random
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from common import begin, child, chosen, finish, interleaved, machine, parser, table
+
+from rookery.algorithms.dqn import DQN
+from rookery.runtimes.words import Graph
+from rookery.topologies import parameter_server
+
+SLOW = 0.05  # seconds more for each gradient of bundle 0
+KILLS = 20.0  # seconds between kills
+POISON = 0.01  # share of gradients whose rewards are a thousand times what they were
+SAFE = {"max_delay": 20, "outliers": 5.0}
+BARE = {"max_delay": 0, "outliers": 0.0}
+ARMS: dict[str, dict[str, float]] = {
+    "clean": {},
+    "slow": {"slow": SLOW},
+    "dying": {"kills": KILLS},
+    "poisoned": {"poison": POISON},
+    "all": {"slow": SLOW, "kills": KILLS, "poison": POISON},
+}
+GOAL = 475.0
+NOTES = f"""Four bundles and two shards, each a process; the settings of `rookery train gorila CartPole-v1` but the
+safeguards, which are max_delay=20 and outliers=5, or off. Slow: bundle 0 sleeps {SLOW * 1000:g} ms a gradient. Dying:
+every {KILLS:g} s a bundle chosen at random is killed (SIGKILL), and begins again at once. Poisoned: with probability
+{POISON:g} the rewards of a batch of samples are multiplied by 1000, in every bundle. All: all three. The return is that
+of 20 greedy episodes at the end, of each seed; "reached" is the updates of the server at the first evaluation of 475 or
+more, and "held" whether all later ones were. Dropped are the gradients of all bundles."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Faulty(DQN):
+    """DQN on a machine that is slow, and sometimes computes nonsense."""
+
+    slow: float = 0.0  # seconds
+    poison: float = 0.0  # probability
+
+    def noise(self, net: Any, batch: Any, generator: Any) -> Any:
+        import torch
+
+        time.sleep(self.slow)
+        drawn = super().noise(net, batch, generator)
+        poisoned = bool(torch.rand((), generator=generator) < self.poison)
+        return {**drawn, "reward": 1_000 * batch["reward"]} if poisoned else drawn
+
+
+async def learner(role: Any, setting: Any, poison: float, slow: float, **more: Any) -> None:
+    """A bundle of which the first is slow."""
+    known = {each.name: getattr(setting.algorithm, each.name) for each in dataclasses.fields(DQN)}
+    algorithm = Faulty(**known, poison=poison, slow=slow if role.index == 0 else 0.0)
+    await parameter_server.learner(role, dataclasses.replace(setting, algorithm=algorithm), **more)
+
+
+def faulty(wire: Any, **faults: float) -> Any:
+    """The topology with such bundles."""
+
+    def wired(
+        setting: Any, seed: int, actors: int = 1, shards: int = 1, max_delay: int = 0, outliers: float = 0.0
+    ) -> Graph:
+        graph: Graph = wire(setting, seed, actors, shards, max_delay, outliers)
+        graph.roles = [
+            dataclasses.replace(spec, function=learner, args={**spec.args, **faults})
+            if spec.name == "learner"
+            else spec
+            for spec in graph.roles
+        ]
+        return graph
+
+    return wired
+
+
+def kill(seed: int, every: float, over: threading.Event) -> None:
+    """Kill a bundle at random every so many seconds."""
+    lots = random.Random(seed)
+    while not over.wait(every):
+        bundles = [process for process in multiprocessing.active_children() if process.name.startswith("learner")]
+        if bundles:
+            os.kill(lots.choice(sorted(bundles, key=lambda each: each.name)).pid, signal.SIGKILL)
+
+
+def train(spec: dict[str, Any]) -> dict[str, Any]:
+    """One run, and what its metrics say."""
+    import rookery
+    from rookery.runs.metrics import read
+
+    faults = ARMS[spec["arm"]]
+    parameter_server.wire = faulty(
+        parameter_server.wire, poison=faults.get("poison", 0.0), slow=faults.get("slow", 0.0)
+    )
+    settings = {"actors": 4, "shards": 2, "seed": spec["seed"], "runtime": "local", **(SAFE if spec["safe"] else BARE)}
+    settings |= {"device": "cpu", "threads": 1, "quiet": True, "sinks": ()}
+    settings |= {"steps": spec["steps"]} if spec["steps"] else {}
+    over, every = threading.Event(), faults.get("kills", 0.0)
+    killer = threading.Thread(target=kill, args=(spec["seed"], spec["kills"] or every, over), daemon=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if every:
+            killer.start()
+        try:
+            run = rookery.train("gorila", "CartPole-v1", run_dir=Path(folder) / "run", **settings)
+        finally:
+            over.set()
+        return measured(read(run.path / "metrics.jsonl"), run.summary)
+
+
+def measured(rows: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of the table."""
+    updates, reached, held, outliers = 0, None, True, {}
+    for row in rows:
+        updates = row.get("updates", updates) if row["role"] == "shard" else updates
+        if "outlier_dropped" in row:
+            outliers[row["index"]] = row["outlier_dropped"]
+        if row["role"] == "evaluator":
+            good = row["eval_return_mean"] >= GOAL
+            held = held and (good or reached is None)
+            reached = updates if good and reached is None else reached
+    stale = [row["stale_dropped"] for row in rows if "stale_dropped" in row]
+    return {
+        "score": summary["eval_return_mean"],
+        "reached": reached,
+        "held": held and reached is not None,
+        "updates": updates,
+        "stale": stale[-1] if stale else 0,
+        "outliers": sum(outliers.values()),
+        "restarts": sum("restarted" in row for row in rows),
+        "seconds": summary["seconds"],
+    }
+
+
+def main() -> None:
+    """Every arm, with safeguards and without."""
+    flags = parser(__doc__ or "", rounds=5)
+    flags.add_argument("--steps", type=int, default=0, help="0 takes the recipe's")
+    flags.add_argument("--only", default="", help="parts of the names of those to run, separated by semicolons")
+    args = begin(flags, {"train": train})
+    about, steps, kills = machine(args.cores), 3_000 if args.smoke else args.steps, 6.0 if args.smoke else 0.0
+    variants = {
+        f"{arm}, {'safe' if safe else 'bare'}": {
+            "kind": "train",
+            "arm": arm,
+            "safe": safe,
+            "steps": steps,
+            "kills": kills,
+        }
+        for arm in ARMS
+        for safe in (True, False)
+    }
+    found = interleaved(
+        chosen(variants, args.only),
+        args.rounds,
+        lambda spec, number: child(__file__, {**spec, "seed": number}, args.cores),
+        lambda result: f"{result['score']:>6.1f}, reached {result['reached']}, {result['updates']} updates",
+    )
+    rows = []
+    for name, runs in found.items():
+        scores = [run["score"] for run in runs]
+        reached = [run["reached"] for run in runs if run["reached"] is not None]
+        counts = [f"{statistics.median(run[each] for run in runs):g}" for each in ("stale", "outliers", "restarts")]
+        rows.append(
+            [
+                *name.split(", "),
+                f"{statistics.mean(scores):.0f} ({', '.join(f'{score:.0f}' for score in scores)})",
+                f"{statistics.median(reached):g} ({len(reached)} of {len(runs)})" if reached else "never",
+                f"{sum(run['held'] for run in runs)} of {len(runs)}",
+                f"{statistics.median(run['updates'] for run in runs):g}",
+                *counts,
+            ]
+        )
+    head = ["arm", "safeguards", "return", "reached", "held", "updates", "stale", "outliers", "restarts"]
+    finish(
+        args, "gorila_chaos", about, {"steps": steps, "results": found}, "Gorila under faults", table(head, rows), NOTES
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""A run with processes once more, in one process, in the order in which everything arrived."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rookery.algorithms.base import Algorithm, Network
+from rookery.run import Run, load
+from rookery.runs.checkpoint import Checkpoints
+from rookery.runs.folder import RunFolder
+from rookery.runtimes.arrivals import Replayed
+from rookery.runtimes.rerun import Rerun
+from rookery.settings import EnvLike
+from rookery.train import ARRIVALS, execute, saved_whole
+
+__all__ = ["differences", "rerun"]
+
+
+def rerun(
+    path: str | Path,
+    *,
+    until: int | None = None,
+    run_dir: str | Path | None = None,
+    quiet: bool = False,
+    algorithm: Algorithm | None = None,
+    env: EnvLike | None = None,
+    network: Network | None = None,
+) -> Run:
+    """Repeat a run of `runtime="local"` in this process: bit for bit where environments are, and all is on the CPU.
+
+    Args:
+        until: stop after so many updates of the learner; the new run's checkpoint is then the state there.
+        run_dir: the folder of the new run; by default a new one under `runs/`.
+
+    Raises:
+        ValueError: for a run that left no record: inline ones repeat by themselves, from their seed.
+        Diverged: where something else happens than is written in the record.
+    """
+    run = load(path, algorithm=algorithm, env=env, network=network)
+    config, pieces = run.config, _pieces(run.path / ARRIVALS)
+    if not pieces:
+        raise ValueError(
+            f"{run.path} has no record of who came when, which runs with runtime='local' leave; train the run again "
+            "with its seed, which repeats inline runs."
+        )
+    folder = RunFolder.create(run_dir, config["system"], str(config["env"]), config["options"]["seed"])
+    folder.write_config({**config, "rerun_of": str(run.path)})
+    run.folder, run.checkpoints = folder, Checkpoints(folder.checkpoints)
+    options, saved = dataclasses.replace(run._make_env.options, sinks=()), None
+    for (_, budget, record), following in itertools.zip_longest(pieces, pieces[1:]):
+        resumed_at = None if following is None else following[0]
+        make = partial(Rerun, record=Replayed(record), until=until, resumed_at=resumed_at)
+        execute(run, config["system"], dataclasses.replace(options, steps=budget), quiet, saved, make)
+        saved = saved_whole(run)
+        if until is not None and saved["run"]["roles"]["learner_0"]["counts"]["updates"] >= until:
+            break
+    return run
+
+
+def _pieces(folder: Path) -> list[tuple[int, int, Path]]:
+    """The records of a run and of each time that it was resumed: first step, budget and file."""
+    named = [(*map(int, path.stem.split("-")), path) for path in folder.glob("*.bin")]
+    return sorted(named)  # type: ignore[arg-type]
+
+
+def differences(one: Run, two: Run) -> list[str]:
+    """Where the learners of two runs' newest checkpoints differ."""
+    ours, theirs = (run.saved()["run"]["roles"]["learner_0"] for run in (one, two))
+    return _unlike("learner", ours, theirs)
+
+
+def _unlike(name: str, one: Any, two: Any) -> list[str]:
+    if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
+        return [line for key in one for line in _unlike(f"{name}.{key}", one[key], two[key])]
+    same = torch.equal(one, two) if isinstance(one, Tensor) and isinstance(two, Tensor) else one == two
+    return [] if same else [name]

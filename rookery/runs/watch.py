@@ -1,0 +1,176 @@
+"""A run live in the terminal, from its folder alone: roles as boxes, the words between them, flows, and what limits."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rookery.runs.account import condensed, kind_of
+from rookery.runs.folder import RunFolder
+from rookery.runs.metrics import RUNTIME, Tail
+from rookery.runs.scene import Arrow, Scene, amount, overview, scene
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console, RenderableType
+
+__all__ = ["Watched", "watch"]
+
+EVERY = 1.0  # seconds between two looks at the folder
+WIDE, NARROW = 30, 32  # characters of a role and of a word
+STYLES = {
+    "environment": "green",
+    "environment and inference": "green",
+    "inference": "cyan",
+    "learning": "blue",
+    "evaluation": "magenta",
+    "transfer": "yellow",
+}
+
+
+class Watched:
+    """What a run's folder says, read on from where it was read last."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        """Raises RunFolderError if there is no run."""
+        self.folder, self.config = folder, folder.read_config()
+        self.found: dict[str, Any] | None = None  # the newest account
+        self.step = 0
+        self.ended = False
+        self._learner: Mapping[str, Any] = {}
+        self._evaluation: Mapping[str, Any] = {}
+        self._returns: deque[float] = deque(maxlen=100)
+        self._tail = Tail(folder.metrics)
+
+    def look(self) -> None:
+        """Take in what is new. Raises RunFolderError and MetricsError if the folder is damaged."""
+        rows = self._tail.rows()
+        self.step = max((row["step"] for row in rows), default=self.step)
+        for row in rows:
+            if row.get("role") == RUNTIME:
+                self.found = row.get("measured", self.found)
+            elif row.get("role") == "learner" and row.get("index") == 0:
+                self._learner = row
+            elif row.get("role") == "evaluator":
+                self._evaluation = row
+            if row.get("episode_return") is not None:
+                self._returns.append(row["episode_return"])
+        self.ended = self.folder.ended
+        if self.ended and "flows" in (summary := self.folder.read_summary()):
+            self.found = condensed(summary)
+
+    def status(self) -> str:
+        """How far it has come, how fast it is and how good, in a line."""
+        budget = self.config.get("options", {}).get("steps")
+        parts = [f"{self.step:,}/{budget:,} steps" if budget else f"{self.step:,} steps"]
+        rate = self._learner.get("steps_per_second")
+        parts += [f"{rate:,.0f} steps/s"] if rate and not self.ended else []
+        parts += [f"return {sum(self._returns) / len(self._returns):.1f}"] if self._returns else []
+        evaluated, lag = self._evaluation.get("eval_return_mean"), self._learner.get("policy_lag")
+        parts += [f"evaluation {evaluated:.1f}"] if evaluated is not None else []
+        parts += [f"policy lag {lag:.1f}, at most {self._learner['policy_lag_max']}"] if lag is not None else []
+        if self.ended:
+            return "  ".join(["over", *parts])
+        age = time.time() - self.folder.metrics.stat().st_mtime if self.folder.metrics.exists() else 0.0
+        return "  ".join([*parts, *([f"last heard of {age:.0f} s ago"] if age > 15 else [])])
+
+
+def watch(run: str | Path, once: bool = False, stream: TextIO | None = None) -> None:
+    """Show a run until it is over; once where it is over, where that is wished, or where there is no terminal.
+
+    Raises:
+        RunFolderError, MetricsError: if there is no run, or it is damaged.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    watched, console = Watched(RunFolder.open(run)), Console(file=stream)
+    watched.look()
+    if once or watched.ended or not console.is_terminal:
+        console.print(picture(watched, console))
+        return
+    with Live(picture(watched, console), console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        while not watched.ended:
+            time.sleep(EVERY)
+            watched.look()
+            live.update(picture(watched, console), refresh=True)
+
+
+def picture(watched: Watched, console: Console) -> RenderableType:
+    """One frame."""
+    from rich.console import Group
+    from rich.text import Text
+
+    config = watched.config
+    head = Text(f"{config.get('system', '?')} on {config.get('env', '?')}, seed {config.get('seed', '?')}", "bold")
+    lines: list[RenderableType] = [head, Text(watched.status())]
+    found = watched.found
+    if found is None:
+        return Group(*lines, Text("nothing measured yet", style="dim"))
+    limit, places = found["bottleneck"], scene(found)
+    lines += [Text(overview(found), style="dim"), _columns(found, places, console.width)]
+    lines += [Text(f"limit: {limit['limit']}", style="bold dark_orange"), Text(limit["because"]), Text(limit["change"])]
+    for name, counts in (("restarted", found["restarts"]), ("dropped", found["dropped"])):
+        if counts:
+            lines.append(
+                Text(f"{name}: " + ", ".join(f"{what} {count}" for what, count in counts.items()), style="red")
+            )
+    return Group(*lines)
+
+
+def _columns(found: Mapping[str, Any], places: Scene, width: int) -> RenderableType:
+    """Roles and words from left to right where there is room, else one below the other."""
+    from rich.console import Group
+    from rich.table import Table
+
+    limiting = found["bottleneck"]["role"]
+    columns: list[RenderableType] = []
+    for roles, words in zip(places.roles, places.words, strict=True):
+        columns.append(
+            Group(*(_role(name, found["roles"][name], bool(limiting) and kind_of(name) == limiting) for name in roles))
+        )
+        if words:
+            columns.append(Group(*(_word(name, found["words"][name], places.of(name)) for name in words)))
+    if WIDE * len(places.roles) + NARROW * (len(columns) - len(places.roles)) > width:
+        return Group(*columns)
+    table = Table.grid(padding=(0, 1))
+    table.add_row(*columns)
+    return table
+
+
+def _role(name: str, role: Mapping[str, Any], limits: bool) -> RenderableType:
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.text import Text
+
+    room, bar = WIDE - 4, Text()
+    for activity, style in STYLES.items():
+        bar.append("█" * round(room * role.get(activity, 0.0)), style)
+    bar.truncate(room)
+    bar.append("░" * (room - len(bar)), "dim")
+    work = [f"{activity} {role[activity]:.0%}" for activity in STYLES if role.get(activity, 0.0) >= 0.005]
+    waits = [f"{word} {share:.0%}" for word, share in role["waiting"].items() if share >= 0.005]
+    lines = [bar, Text(", ".join(work) or "no work yet"), Text("waits: " + (", ".join(waits) or "never"), style="dim")]
+    if "steps_per_second" in role:
+        lines.append(Text(f"{amount(role['steps_per_second'])} steps/s"))
+    style = "dark_orange" if limits else ""
+    return Panel(Group(*lines), title=f"[bold]{name}[/]  busy {role['busy']:.0%}", width=WIDE, border_style=style)
+
+
+def _word(name: str, word: Mapping[str, Any], arrows: list[Arrow]) -> RenderableType:
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.text import Text
+
+    lines = [Text(word["kind"], style="dim")] if word["kind"] != name else []
+    if "fill" in word:
+        part = round(10 * word["fill"])
+        lines.append(Text("▮" * part + "▯" * (10 - part) + f" {word['fill']:.0%} full"))
+    if "samples_per_insert" in word:
+        lines.append(Text(f"{amount(word['samples_per_insert'])} samples an insert"))
+    flows = [f"{arrow.role} → {arrow.rate}" if arrow.gives else f"→ {arrow.role} {arrow.rate}" for arrow in arrows]
+    lines += map(Text, flows)
+    return Panel(Group(*lines), title=f"[bold]{name}[/]", width=NARROW, border_style="cyan")

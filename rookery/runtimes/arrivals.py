@@ -1,0 +1,80 @@
+"""The order in which a run's messages arrived, as a file: what is needed, beside the seed, to repeat it."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["DIED", "KEPT", "MESSAGE", "PAUSE", "RELENT", "RESUME", "TURN", "Arrivals", "Replayed"]
+
+# What happens; an event is the number of a role, times 8, plus one of these.
+MESSAGE, KEPT, DIED, TURN, RELENT, PAUSE, RESUME = range(7)
+FLUSH = 4096  # events between two writes: so many are lost with a killed process
+
+
+class Arrivals:
+    """Writes events down, packed."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file, self._pack = path.open("wb"), zlib.compressobj(6)
+        self._events: list[int] = []
+        self._turns = False  # whether a turn began of which nothing is written yet
+
+    def note(self, what: int, role: int = 0) -> None:
+        """An event; a turn in which nothing happens is none."""
+        if what == TURN:
+            self._turns = True
+            return
+        if self._turns and what not in (PAUSE, RESUME):  # which are between turns
+            self._turns = False
+            self._events.append(TURN)
+        self._events.append(role * 8 + what)
+        if len(self._events) >= FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put into the file what was noted."""
+        packed = self._pack.compress(np.array(self._events, "<u2").tobytes())
+        self._file.write(packed + self._pack.flush(zlib.Z_SYNC_FLUSH))
+        self._file.flush()
+        self._events.clear()
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+
+class Replayed:
+    """Reads them again, and checks that what happens is what happened."""
+
+    def __init__(self, path: Path) -> None:
+        unpack = zlib.decompressobj()
+        data = unpack.decompress(path.read_bytes())
+        self.events = np.frombuffer(data[: len(data) // 2 * 2], "<u2").tolist()
+        self.at = 0
+        self._kept: dict[int, list[bool]] = {}  # of each role's messages since it began, which hand over its state
+        for event in self.events:
+            if event % 8 in (MESSAGE, KEPT):
+                self._kept.setdefault(event // 8, []).append(event % 8 == KEPT)
+
+    @property
+    def next(self) -> int | None:
+        """What happens next; None at the record's end."""
+        return self.events[self.at] % 8 if self.at < len(self.events) else None
+
+    def turn(self) -> list[tuple[int, int]]:
+        """What happened in the next turn, as pairs of event and role."""
+        found = []
+        self.at += 1  # its beginning
+        while self.next in (MESSAGE, KEPT, DIED, RELENT):
+            found.append((self.events[self.at] % 8, self.events[self.at] // 8))
+            self.at += 1
+        return found
+
+    def hands_over(self, role: int, message: int) -> bool:
+        """Whether that message of a role, counted from the run's beginning, handed over its state."""
+        kinds = self._kept.get(role, [])
+        return message < len(kinds) and kinds[message]

@@ -1,0 +1,160 @@
+"""Data-parallel learners: replicas differentiate, each on its share of the data, and one learner steps.
+
+    replica: get unrolls of its own actors; for each minibatch: put its gradient; wait for the parameters it led to.
+    learner: for each minibatch: get a gradient of every replica; step by their mean; publish the parameters.
+
+The mean is weighted by the rows that each gradient is the mean over, so that it is the gradient of all of them: K
+learners with a K-th of the data each do what one does with all of it. Only the learner has an optimiser, so replicas
+cannot drift apart, and one that dies begins again with the parameters that there are.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rookery.actor import joined
+from rookery.algorithms.base import Algorithm, Loss, OnPolicy, Refused
+from rookery.learner import Gradient, Learner
+from rookery.nn.norm import RunningNorm
+from rookery.runtimes.boxes import Parcel, copied, pour
+from rookery.runtimes.words import Graph, Queue, Role, Weights, WordSpec
+from rookery.topologies.setting import Setting, crosses
+
+__all__ = ["check", "learner", "replica", "wire"]
+
+Values = dict[str, Any]  # tensors, and dicts of them, by name
+
+
+async def replica(
+    role: Role, setting: Setting, count: int, parameters: Weights, gradients: Queue, unrolls: Queue
+) -> None:
+    """Differentiate on so many unrolls at once; the learner says where that leads."""
+    learner = role.keep(Learner(setting.algorithm, setting.make_net(), setting.total_steps, role.seed, **setting.means))
+    version, values, steps = await parameters.latest()
+    learner.follow(version - 1, values, steps)
+    while True:
+        slots = await unrolls.get(count)
+        with role.unit():
+            batch = joined(slots)
+            valid = batch["valid"][:-1].sum()
+            seen = moments(learner, batch)
+            for gradient in learner.gradients(batch, steps):
+                share = share_of(learner, gradient, valid, seen)
+                parcel = await gradients.slot(partial(Parcel, share), role.index)
+                parcel.fill(share)
+                gradients.put(parcel)
+                version, values, steps = await parameters.newer_than(version)
+                learner.follow(version - 1, values, learner.steps)
+            learner.follow(version - 1, values, steps)
+            unrolls.release(slots)
+
+
+async def learner(
+    role: Role, setting: Setting, replicas: int, weights: Weights, parameters: Weights, gradients: Queue
+) -> None:
+    """Step by the replicas' mean gradient."""
+    plan = setting.unroll_plan
+    learner = role.keep(Learner(setting.algorithm, setting.make_net(), setting.total_steps, role.seed, **setting.means))
+    role.advance(learner.steps)
+    parameters.publish(learner.updates + 1, learner.values(), learner.steps)
+    weights.publish(learner.version, learner.values(), learner.steps)
+    while learner.steps < setting.total_steps:
+        learner.anneal()
+        before = learner.steps
+        for left in reversed(range(plan.epochs * plan.minibatches)):
+            parcels = await gradients.get(replicas)
+            shares = [parcel.content for parcel in parcels]
+            learner.minimise(pooled(learner, shares))
+            if not left:
+                conclude(learner, shares)
+            gradients.release(parcels)
+            parameters.publish(learner.updates + 1, learner.values(), learner.steps)
+        if crosses(before, learner.steps, setting.log_every):
+            role.report(learner.steps, learner.metrics())
+        role.advance(learner.steps)
+        weights.publish(learner.version, learner.values(), learner.steps)
+
+
+def check(algorithm: Algorithm, lanes: int, actors: int, learners: int) -> None:
+    """Refuse what cannot be shared out among so many learners.
+
+    Raises:
+        Refused: for numbers that do not divide, and for settings by which each would go its own way.
+    """
+    plan = algorithm.plan
+    assert isinstance(plan, OnPolicy)
+    for name, number in (("actors", actors), ("unrolls", plan.unrolls)):
+        if number % learners and not (name == "unrolls" and number < learners):
+            enough = -(-number // learners) * learners
+            raise Refused(f"learners={learners} cannot share {name}={number} evenly; use {name}={enough}.")
+    plan.check(actors * lanes // learners)
+    if getattr(algorithm, "target_kl", None) is not None:
+        raise Refused(
+            f"target_kl={algorithm.target_kl} with learners={learners}: each would stop by what it alone has seen; "  # type: ignore[attr-defined]
+            "leave it out, or use learners=1."
+        )
+
+
+def wire(graph: Graph, setting: Setting, count: int, weights: WordSpec, unrolls: list[WordSpec]) -> None:
+    """Add a replica for each queue of unrolls, and the learner; a batch has so many unrolls of each queue."""
+    own: dict[str, Any] = {"setting": setting, "parameters": graph.word("weights", "parameters")}
+    own["gradients"] = graph.word("queue", "gradients", each=1)
+    for index, queue in enumerate(unrolls):
+        graph.role(replica, index, count=count, unrolls=queue, **own)
+    graph.role(learner, replicas=len(unrolls), weights=weights, ends_run=True, **own)
+
+
+def share_of(learner: Learner, gradient: Gradient, steps: Tensor, seen: Values) -> Values:
+    """What a replica hands on: its gradient, and what came with it."""
+    return {
+        "gradient": learner.flat.gradients,
+        "metrics": gradient.loss.metrics,
+        "rows": gradient.minibatch["valid"].sum(),  # that the gradient is the mean over
+        "steps": steps,  # of the unrolls
+        "seen": seen,
+    }
+
+
+def pooled(learner: Learner, shares: list[Values]) -> Gradient:
+    """The mean gradient, in the learner's parameters, and the mean metrics."""
+    rows = torch.stack([share["rows"] for share in shares])
+    weights = (rows / rows.sum()).tolist()
+    learner.flat.zero_grad()
+    metrics = {name: torch.zeros(()) for name in shares[0]["metrics"]}
+    for weight, share in zip(weights, shares, strict=True):
+        for name, part in learner.flat.gradients.items():
+            part.add_(share["gradient"][name].to(part.device), alpha=weight)
+        for name, value in share["metrics"].items():
+            metrics[name] += weight * value
+    return Gradient(Loss(metrics["loss"], metrics), {}, learner.moves())
+
+
+def conclude(learner: Learner, shares: list[Values]) -> None:
+    """After a batch's last step: count it, and merge what the replicas saw into the running statistics."""
+    learner.steps += sum(int(share["steps"]) for share in shares)
+    learner.version += 1
+    for name, norm in norms(learner).items():
+        for share in shares:
+            norm.add(**{key: value.to(norm.mean.device) for key, value in share["seen"][name].items()})
+
+
+def norms(learner: Learner) -> dict[str, RunningNorm]:
+    """The network's running statistics by name."""
+    return {name: part for name, part in learner.net.named_modules() if isinstance(part, RunningNorm)}
+
+
+@torch.no_grad()
+def moments(learner: Learner, batch: Values) -> Values:
+    """What the network's running statistics would be, had they seen this batch alone."""
+    kept = {name: copied(dict(norm.named_buffers())) for name, norm in norms(learner).items()}
+    for norm in norms(learner).values():
+        norm.reset()
+    learner.algorithm.finish(learner.net, batch)
+    seen = {name: copied(dict(norm.named_buffers())) for name, norm in norms(learner).items()}
+    for name, norm in norms(learner).items():
+        pour(kept[name], dict(norm.named_buffers()))
+    return seen

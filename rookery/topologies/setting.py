@@ -1,0 +1,69 @@
+"""What every role of a run is built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rookery.data.plan import OnPolicy, ReplayPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rookery.algorithms.base import Algorithm, PolicyNet
+    from rookery.envs.spec import GoalReward
+    from rookery.envs.vector import VectorEnv
+
+__all__ = ["ReplaySetting", "Setting", "crosses"]
+
+
+@dataclass(frozen=True)
+class ReplaySetting:
+    """Where replay lies, and what it knows of the environment."""
+
+    memory: Literal["ram", "shared"] | Path = "ram"  # a path is the folder of memory-mapped files
+    device: str = "cpu"
+    save: bool = True  # in checkpoints
+    stack: int = 1  # frames of an observation, each stored once
+    goal_reward: GoalReward | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every role of a run is built from."""
+
+    algorithm: Algorithm
+    make_env: Callable[[int, int], VectorEnv]  # from the number of lanes and a seed
+    make_net: Callable[[], PolicyNet]  # always with the same weights
+    lanes: int  # an actor's
+    total_steps: int
+    log_every: int  # steps
+    eval_every: int  # steps; 0 for never
+    eval_episodes: int
+    compile: bool = False
+    graphs: bool = False
+    bf16: bool = False
+    replay: ReplaySetting = field(default_factory=ReplaySetting)
+
+    @property
+    def unroll_plan(self) -> OnPolicy:
+        """Which unrolls the algorithm asks for."""
+        assert isinstance(self.algorithm.plan, OnPolicy)  # for the type checker: replay has another topology
+        return self.algorithm.plan
+
+    @property
+    def replay_plan(self) -> ReplayPlan:
+        """What the algorithm asks of replay."""
+        assert isinstance(self.algorithm.plan, ReplayPlan)  # for the type checker: others have no replay
+        return self.algorithm.plan
+
+    @property
+    def means(self) -> dict[str, bool]:
+        """How acting and learning are computed."""
+        return {"compile": self.compile, "graphs": self.graphs, "bf16": self.bf16}
+
+
+def crosses(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]."""
+    return before // every != after // every

@@ -1,0 +1,122 @@
+"""What processes did in whichever order, one process does again, bit for bit, by the record of the order."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import home, metrics, tiny
+
+import rookery
+from rookery.rerun import differences, rerun
+from rookery.runs.metrics import read
+from rookery.runtimes.arrivals import DIED, KEPT, MESSAGE, PAUSE, RESUME, TURN, Arrivals, Replayed
+from rookery.runtimes.local import Local
+from rookery.runtimes.rerun import Diverged
+from rookery.train import Keeper
+
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "ppo": {"actors": 2, "memory": "lstm"},
+    "impala": {"actors": 3, "unrolls": 2},
+    "appo": {"actors": 2, "learners": 2},
+    "apex": {"actors": 2},
+    "gorila": {"actors": 2, "shards": 2},
+    "sac": {},
+}
+
+
+def local(system: str, path: Path, **more: Any) -> rookery.Run:
+    settings = tiny(system, runtime="local", env_options={"max_steps": 30}, steps=480, **more)
+    return rookery.train(system, home(system), run_dir=path, quiet=True, **settings)
+
+
+def again(run: rookery.Run, **how: Any) -> rookery.Run:
+    return rerun(run.path, run_dir=run.path.parent / "again", quiet=True, **how)
+
+
+def learnt(run: rookery.Run) -> list[dict[str, Any]]:
+    return [row for row in metrics(run.path) if row["role"] in ("learner", "evaluator")]
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_run_is_repeated(system: str, tmp_path: Path) -> None:
+    run = local(system, tmp_path / "run", **SYSTEMS[system])
+    repeated = again(run)
+    assert repeated.summary["steps"] == run.summary["steps"]
+    assert differences(run, repeated) == []
+    assert learnt(run) == learnt(repeated)
+
+
+@pytest.mark.parametrize("victim", ["actor", "learner"])
+def test_deaths_are_repeated(victim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn, killed = Local._turn, []
+
+    def deadly(runtime: Local) -> None:
+        turn(runtime)
+        if runtime.steps >= 150 and not killed:
+            killed.append(next(member for member in runtime.members if member.spec.name == victim))
+            os.kill(killed[0].process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(Local, "_turn", deadly)
+    run = local("impala", tmp_path / "run", actors=2)
+    assert killed
+    assert any("restarted" in row for row in read(run.path / "metrics.jsonl"))
+    assert differences(run, again(run)) == []
+
+
+def test_an_interruption_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    between = Keeper.between
+    with monkeypatch.context() as patch:
+        patch.setattr(Keeper, "between", lambda keeper, steps, state: between(keeper, steps, state) or steps >= 200)
+        local("impala", tmp_path / "run", actors=2)
+    resumed = rookery.resume(tmp_path / "run", steps=600, quiet=True)
+    assert len(list((tmp_path / "run" / "arrivals").iterdir())) == 2
+    assert differences(resumed, again(resumed)) == []
+
+
+def test_it_stops_at_an_update(tmp_path: Path) -> None:
+    run = local("impala", tmp_path / "run", actors=2)
+    stopped = again(run, until=7)
+    assert stopped.saved()["run"]["roles"]["learner_0"]["counts"]["updates"] == 7
+    assert learnt(stopped)[:-1] == learnt(run)[: len(learnt(stopped)) - 1]  # but for the last evaluation
+
+
+def test_another_run_is_noticed(tmp_path: Path) -> None:
+    run, other = local("impala", tmp_path / "run", actors=2), local("impala", tmp_path / "other", actors=2, seed=1)
+    (record,), (foreign,) = ((each.path / "arrivals").iterdir() for each in (run, other))
+    record.write_bytes(foreign.read_bytes()[:40])
+    with pytest.raises(Diverged, match="event"):
+        again(run)
+
+
+def test_inline_runs_have_no_record(tmp_path: Path) -> None:
+    run = rookery.train("a2c", home("a2c"), run_dir=tmp_path / "run", quiet=True, **tiny("a2c"))
+    with pytest.raises(ValueError, match="has no record of who came when"):
+        again(run)
+
+
+def test_a_record_that_ends_abruptly_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    arrivals = Arrivals(tmp_path / "record")
+    for _ in range(3):
+        arrivals.note(TURN)  # in two of which nothing happens
+    for what, role in ((MESSAGE, 2), (KEPT, 1)):
+        arrivals.note(what, role)
+    arrivals.note(PAUSE)
+    arrivals.flush()
+    whole = (tmp_path / "record").read_bytes()
+    arrivals.note(RESUME)
+    arrivals.note(TURN)
+    arrivals.note(DIED, 200)
+    arrivals.close()
+    replayed = Replayed(tmp_path / "record")
+    assert replayed.turn() == [(MESSAGE, 2), (KEPT, 1)]
+    assert replayed.next == PAUSE
+    replayed.at += 2
+    assert replayed.turn() == [(DIED, 200)]
+    assert replayed.next is None
+    assert [replayed.hands_over(1, number) for number in range(2)] == [True, False]
+    (tmp_path / "record").write_bytes(whole)  # its process was killed then
+    assert len(Replayed(tmp_path / "record").events) == 4
