@@ -64,12 +64,14 @@ class Local:
         self.arrivals = arrivals
         self.steps = self.restarts = self.dropped = 0
         self.members: list[Member] = []
+        self._queue: list[Member] = []  # the members, who was answered longest ago first
         self.words: dict[str, Any] = {}
         self.meter = Meter()
         self._measured: dict[str, Any] | None = None  # when the run was over
         self._since = 0.0  # when there was last nothing to hear
         self._boxes: dict[int, Box] = {}
         self._paused = False
+        self._stirred = False  # whether a question, as it was first looked at, changed anything for others
         self._owing: set[int] = set()  # members whose state was asked for
         kinds = multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
@@ -119,6 +121,7 @@ class Local:
             state = None if saved is None else saved["roles"].get(f"{spec.name}_{spec.index}")
             self.members.append(Member(spec, role_seed(graph.seed, spec), packed(state)))
             self.meter.role(self.members[-1].name)
+        self._queue = list(self.members)
         self._prepare(graph)
         self._measured = None
         try:
@@ -133,7 +136,7 @@ class Local:
             self._end()
             if self.arrivals is not None:
                 self.arrivals.close()
-            self.members, self.words, self._boxes = [], {}, {}  # which frees the shared memory
+            self.members, self._queue, self.words, self._boxes = [], [], {}, {}  # which frees the shared memory
 
     def _prepare(self, graph: Graph) -> None:
         # One process imports what roles need, and each role is a fork of it: 10 ms instead of 1.5 s.
@@ -268,6 +271,9 @@ class Local:
             self._owing.discard(id(member))
         elif kind == "over":
             member.over, member.waits_for, member.kept = True, "nothing, it has ended", rest[0]
+            for each in self.words.values():
+                if hasattr(each, "leave"):
+                    each.leave(member)
             self.meter.role(member.name).turn(None, time.perf_counter())
             self._send(member, "end")
         elif kind == "failed":
@@ -282,10 +288,17 @@ class Local:
                 member.failures = 0
 
     def _answer_all(self) -> bool:
-        """Answer what can be answered, and what can be then; whether anything was."""
-        found = False
-        while sum(self._answer(member, self._paused) for member in self.members):
-            found = True
+        """Answer what can be answered, and what can be then; whether anything was.
+
+        Who was answered comes last the next time, so that nobody takes all the room there is.
+        """
+        found, self._stirred = False, True
+        while self._stirred:
+            self._stirred = False
+            served = [member for member in self._queue if self._answer(member, self._paused)]
+            self._queue = [member for member in self._queue if member not in served] + served
+            self._stirred |= bool(served)
+            found |= bool(served)
         return found
 
     def _answer(self, member: Member, paused: bool) -> bool:
@@ -294,7 +307,8 @@ class Local:
             return False
         self.meter.who, began = member.name, time.perf_counter()
         try:
-            member.waits_for, *_ = member.waiting.send(None)
+            member.waits_for, stirred, _ = member.waiting.send(None)
+            self._stirred |= stirred
             return False
         except StopIteration as answer:
             member.waiting, member.since = None, time.monotonic()

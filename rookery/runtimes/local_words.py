@@ -46,7 +46,7 @@ class Box:
         return nbytes(self.value)
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """A role and its process."""
 
@@ -250,8 +250,7 @@ class LocalReplay(InlineReplay):
         self.insert(member.filling.pop(number)[1], count, writer)
 
     def ask_sample(self, member: Member, *how: Any) -> Coroutine[Any, Any, tuple[int, int]]:
-        if id(member) in self._lent:
-            self.limiter.unlearnt -= self._lent.pop(id(member))[0]
+        self.leave(member)
         return self._sample(member, *how)
 
     async def _sample(self, member: Member, count: int, most: int, how: dict[str, Any]) -> tuple[int, int]:
@@ -278,11 +277,15 @@ class LocalReplay(InlineReplay):
             self._give_back(box)
         return len(filling)
 
-    def forget(self, member: Member) -> None:
-        """What a dead member did not learn from is owed again."""
+    def leave(self, member: Member) -> int:
+        """The member has learnt from what it had; gives how many samples that were."""
         drawn, _ = self._lent.pop(id(member), (0, None))
         self.limiter.unlearnt -= drawn
-        self.limiter.samples -= drawn
+        return drawn
+
+    def forget(self, member: Member) -> None:
+        """What a dead member did not learn from is owed again."""
+        self.limiter.samples -= self.leave(member)
 
 
 class LocalCalls(InlineCalls):

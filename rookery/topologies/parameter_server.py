@@ -28,6 +28,7 @@ from rookery.data.replay import ReplayBuffer
 from rookery.learner import Gradient, Learner
 from rookery.runtimes.boxes import Parcel, copied
 from rookery.runtimes.limiter import RateLimiter
+from rookery.runtimes.together import together
 from rookery.runtimes.words import Graph, Published, Queue, Role, Weights
 from rookery.shard import Outliers, Shard, slices
 from rookery.topologies.actors_learner import evaluator
@@ -73,11 +74,10 @@ async def learner(
     shown = -1  # steps
     try:
         while True:
-            slots = [
-                await queue.slot(partial(bundle.parcel, shard), role.index) for shard, queue in enumerate(gradients)
-            ]
+            makes = [partial(bundle.parcel, shard) for shard in range(len(gradients))]
+            slots = await together([each.slot(make, role.index) for each, make in zip(gradients, makes, strict=True)])
             before = bundle.clock
-            bundle.follow([await word.latest() for word in parameters])
+            bundle.follow([await each.latest() for each in parameters])
             if crosses(before, bundle.clock, setting.log_every):
                 role.report(bundle.clock, bundle.metrics())
             if bundle.first and setting.eval_every and crosses(shown, bundle.clock, setting.eval_every):

@@ -40,7 +40,7 @@ RUN: dict[str, Any] = {"quiet": True, "sinks": (), "eval_every": 10**9, "eval_ep
 
 
 def train(path: Path, **settings: Any) -> rookery.Run:
-    settings = {**SMALL, **RUN, "steps": 800, "updates_per_step": 0.25, **settings}
+    settings = {**SMALL, **RUN, "steps": 800, "updates_per_step": 0.25, "actors": 1, "shards": 1, **settings}
     return rookery.train("gorila", CART, run_dir=path, **settings)
 
 
@@ -377,6 +377,17 @@ def test_processes_learn(tmp_path: Path) -> None:
     assert len(rows_of(run, "evaluator")) >= 3
     again = rookery.resume(run.path, steps=1_800, quiet=True)
     assert again.summary["steps"] >= 1_800
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_one_bundle_in_processes_is_the_one_inline(shards: int, tmp_path: Path) -> None:
+    """Bit for bit: it waits until its last gradient was taken, and then reads what that led to."""
+    settings = {"shards": shards, "steps": 600, "outliers": 5.0}
+    inline, local = (roles_of(train(tmp_path / each, runtime=each, **settings)) for each in ("inline", "local"))
+    assert inline["learner_0"]["counts"] == local["learner_0"]["counts"]
+    for part in ("net", "target"):
+        for name, value in inline["learner_0"][part].items():
+            assert torch.equal(value, local["learner_0"][part][name]), (part, name)
 
 
 @pytest.mark.parametrize(
