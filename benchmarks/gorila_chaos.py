@@ -23,7 +23,7 @@ from rookery.topologies import parameter_server
 SLOW = 0.05  # seconds more for each gradient of bundle 0
 KILLS = 20.0  # seconds between kills
 POISON = 0.01  # share of gradients whose rewards are a thousand times what they were
-SAFE = {"max_delay": 20, "outliers": 5.0}
+SAFE = {"max_delay": 20, "outliers": 30.0}
 BARE = {"max_delay": 0, "outliers": 0.0}
 ARMS: dict[str, dict[str, float]] = {
     "clean": {},
@@ -34,7 +34,7 @@ ARMS: dict[str, dict[str, float]] = {
 }
 GOAL = 475.0
 NOTES = f"""Four bundles and two shards, each a process; the settings of `rookery train gorila CartPole-v1` but the
-safeguards, which are max_delay=20 and outliers=5, or off. Slow: bundle 0 sleeps {SLOW * 1000:g} ms a gradient. Dying:
+safeguards, which are max_delay=20 and outliers=30, or off. Slow: bundle 0 sleeps {SLOW * 1000:g} ms a gradient. Dying:
 every {KILLS:g} s a bundle chosen at random is killed (SIGKILL), and begins again at once. Poisoned: with probability
 {POISON:g} the rewards of a batch of samples are multiplied by 1000, in every bundle. All: all three. The return is that
 of 20 greedy episodes at the end, of each seed; "reached" is the updates of the server at the first evaluation of 475 or

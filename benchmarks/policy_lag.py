@@ -1,4 +1,4 @@
-"""IMPALA on CartPole-v1 with a policy lag forced on its actor: V-trace beside the uncorrected loss, over seeds."""
+"""IMPALA on Catch-v0 with a policy lag forced on its actor: V-trace beside the uncorrected loss, over seeds."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 from common import begin, child, finish, interleaved, machine, parser, table
 
 LAGS = (0, 4, 16, 64)
-LR = 1e-3  # smaller than the recipe's: what a lag of some updates means depends on it
+LR = 3e-3  # large, so that weights of some updates ago are others
 NOTES = """The actor acts with the weights of so many updates ago (as many as there are, at the start); everything else
-is equal: the recipe of `rookery train impala CartPole-v1` but a step size of 0.001, inline. A cell is the mean over
-seeds of the return of 20 greedy episodes with the last weights, with each seed's. Espeholt et al. 2018, section 5.2.2,
-compare the same two losses."""
+is equal: 32 lanes, unrolls of 20 steps, a step size of 0.003, IMPALA's other defaults, inline. A cell is the mean over
+seeds of the return of 20 greedy episodes with the last weights, with each seed's; 1 is the best there is, -1 the worst.
+Steps, step size and environment were chosen on seeds 0 and 1, which are not in the table. Espeholt et al. 2018, section
+5.2.2, compare the same two losses."""
+FIRST = 10  # seed
 
 
 class Lagged:
@@ -57,10 +59,10 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     from rookery.topologies import actors_learner
 
     actors_learner.wire = lagged(spec["lag"])
-    settings = {"steps": spec["steps"], "seed": spec["seed"], "correction": spec["correction"], "lr": LR}
+    settings = {"steps": spec["steps"], "seed": spec["seed"], "correction": spec["correction"], "lr": LR, "unroll": 20}
     settings |= {"actors": 1, "envs": 32, "device": "cpu", "threads": 1, "quiet": True, "sinks": ()}
     with tempfile.TemporaryDirectory() as folder:
-        run = rookery.train("impala", "CartPole-v1", run_dir=Path(folder) / "run", **settings)
+        run = rookery.train("impala", "tensor:Catch-v0", run_dir=Path(folder) / "run", **settings)
         lags = [row["policy_lag"] for row in read(run.path / "metrics.jsonl") if "policy_lag" in row]
         return {"score": run.summary["eval_return_mean"], "lag": statistics.median(lags)}
 
@@ -68,7 +70,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Every lag with and without correction."""
     flags = parser(__doc__ or "", rounds=5)
-    flags.add_argument("--steps", type=int, default=400_000)
+    flags.add_argument("--steps", type=int, default=640_000)
     args = begin(flags, {"train": train})
     about, steps = machine(args.cores), 2_000 if args.smoke else args.steps
     corrections = ("vtrace", "none")
@@ -80,8 +82,8 @@ def main() -> None:
     found = interleaved(
         variants,
         args.rounds,
-        lambda spec, number: child(__file__, {**spec, "seed": number}, args.cores),
-        lambda result: f"{result['score']:>6.1f}, lag {result['lag']:g}",
+        lambda spec, number: child(__file__, {**spec, "seed": FIRST + number}, args.cores),
+        lambda result: f"{result['score']:>6.2f}, lag {result['lag']:g}",
     )
     rows = []
     for lag in LAGS:
@@ -89,7 +91,7 @@ def main() -> None:
         for correction in corrections:
             runs = found[f"{correction}, lag {lag}"]
             scores, measured = [run["score"] for run in runs], statistics.median(run["lag"] for run in runs)
-            cells.append(f"{statistics.mean(scores):.0f} ({', '.join(f'{score:.0f}' for score in scores)})")
+            cells.append(f"{statistics.mean(scores):.2f} ({', '.join(f'{score:.1f}' for score in scores)})")
         rows.append([lag, f"{measured:g}", *cells])
     text = table(["lag", "measured", "V-trace", "uncorrected"], rows)
     finish(args, "policy_lag", about, {"steps": steps, "results": found}, "Policy lag", text, NOTES)

@@ -55,7 +55,7 @@ APEX |= {"epsilon": 0.4, "ladder": 7.0, "batch": 512, "max_grad_norm": 40.0}
 APEX_DPG = {"n_step": 5, "alpha": 0.6, "actor_priorities": True, "ahead": 2, "batch": 256, "lr": 1e-4, "sigma": 0.3}
 APEX_DPG |= {"target_period": 100, "tau": 1.0}
 # Nair et al. 2015: AdaGrad at the server, and both safeguards, whose numbers are not theirs.
-GORILA = {"adagrad": True, "lr": 0.03, "max_delay": 100, "outliers": 5.0}
+GORILA = {"adagrad": True, "lr": 0.03, "max_delay": 100, "outliers": 30.0}
 # One pass over an unroll: what older weights did is learnt from once.
 APPO = {"vtrace": True, "epochs": 1}
 # Mnih et al. 2016, whose t_max, γ, β and α of RMSProp are A2C's defaults; they had 16 workers, of one lane each.

@@ -16,14 +16,21 @@ def together(waits: Sequence[Coroutine[Any, Any, Any]]) -> Generator[Any, None, 
     Gives what they give, in their order.
     """
     given: dict[int, Any] = {}
-    while True:
-        waiting = []
-        for place, wait in enumerate(waits):
-            if place not in given:
-                try:
-                    waiting.append(wait.send(None))
-                except StopIteration as end:
-                    given[place] = end.value
-        if not waiting:
-            return [given[place] for place in range(len(waits))]
-        yield waiting[0]._replace(done=any(each.done for each in waiting))
+    try:
+        while True:
+            waiting = []
+            for place, wait in enumerate(waits):
+                if place not in given:
+                    try:
+                        waits_for = wait.send(None)
+                        while waits_for is None:  # in a rerun: it is answered before the next is asked, as in processes
+                            waits_for = wait.send((yield))
+                        waiting.append(waits_for)
+                    except StopIteration as end:
+                        given[place] = end.value
+            if not waiting:
+                return [given[place] for place in range(len(waits))]
+            yield waiting[0]._replace(done=any(each.done for each in waiting))
+    finally:
+        for wait in waits:
+            wait.close()

@@ -178,6 +178,7 @@ class Bundle:
         values = {**constant, **newest[0].values["buffers"], "parameters": torch.cat(parts)}
         self.versions, self.clock = [shard.version for shard in newest], min(shard.steps for shard in newest)
         self.learner.follow(newest[0].version - 1, values, self.clock)
+        self.learner.anneal()
         self.collector.load(newest[0].version, values)
 
     @property
