@@ -87,8 +87,8 @@ class InlineQueue:
             self._free[self._owner[id(slot)]].append(slot)
 
     def state(self) -> State:
-        filled = enumerate(self._filled)
-        return {str(place): {"index": self._owner[id(slot)], "slot": slot.state()} for place, slot in filled}
+        filled = [{"index": self._owner[id(slot)], "slot": slot.state()} for slot in self._filled]
+        return {str(place): each for place, each in enumerate([*self._saved, *filled])}
 
     def load_state(self, state: State) -> None:
         """What was on its way is back once the first slot is asked for, which says how one is made."""

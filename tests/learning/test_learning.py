@@ -32,15 +32,17 @@ ATOMS = {"v_min": -2.0, "v_max": 2.0, "atoms": 21}
 OWN = {"c51": {**TARGET, **ATOMS}, "rainbow": {**TARGET, **ATOMS}, "d4pg": {**ATOMS, "v_min": -8.0}}
 OWN |= {
     "apex": {**TARGET, "batch": 64, "ladder": 1.0},
+    "apex_dpg": {"target_period": 20},
     "dqn": TARGET,
+    "gorila": {**TARGET, "adagrad": False},
     "iqn": TARGET,
     "qr_dqn": {**TARGET, "quantiles": 16},
 }
 OWN |= {"mpo": {"target_period": 20, "updates_per_step": 1.0}}  # a small move of the policy each target period
 PROBES |= {name: {**REPLAY, **OWN.get(name, {})} for name in SYSTEMS if name not in PROBES}
 PROBES_OF_BOXES = {**PROBES, **{name: {**PROBES[name], "steps": 40_000} for name in ("a2c", "a3c", "impala")}}
-DISCRETE = ("ppo", "a2c", "a3c", "impala", "appo", "dqn", "apex", "c51", "qr_dqn", "iqn", "rainbow", "sac")
-CONTINUOUS = ("ppo", "a2c", "a3c", "impala", "appo", "ddpg", "td3", "sac", "d4pg", "mpo")
+DISCRETE = ("ppo", "a2c", "a3c", "impala", "appo", "dqn", "apex", "gorila", "c51", "qr_dqn", "iqn", "rainbow", "sac")
+CONTINUOUS = ("ppo", "a2c", "a3c", "impala", "appo", "ddpg", "apex_dpg", "td3", "sac", "d4pg", "mpo")
 
 # The recall of one bit, 9 steps later; a policy without memory can only guess, for a return of 0.
 RECALL = {"envs": 64, "unroll": 20, "lr": 3e-3, "memory_size": 32, "steps": 40_000, "eval_every": 40_000}

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import roles
 
-from rookery.runtimes.inline import Inline, RoleError
+from rookery.runtimes.inline import Inline, InlineQueue, RoleError
+from rookery.runtimes.meter import Meter
 from rookery.runtimes.words import Graph
 
 
@@ -91,3 +92,10 @@ def test_roles_need_no_event_loop() -> None:
         return len(turns)
 
     assert asyncio.run(notebook()) == 12
+
+
+def test_a_queue_that_nobody_has_asked_since_it_was_loaded_keeps_what_it_holds() -> None:
+    saved = {str(place): {"index": place % 2, "slot": {"value": place}} for place in range(3)}
+    queue = InlineQueue(Meter().word("queue", "queue"), each=2)
+    queue.load_state(saved)
+    assert queue.state() == saved
