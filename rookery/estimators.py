@@ -35,13 +35,8 @@ __all__ = [
 ]
 
 
-def linear_recurrence(
-    coefficient: Float[Tensor, "T *B"],
-    term: Float[Tensor, "T *B"],
-    last: Float[Tensor, "*B"] | None = None,
-    reverse: bool = True,
-) -> Float[Tensor, "T *B"]:
-    """x_t = term_t + coefficient_t · x_{t+1}, with x_T = `last` (0 if None).
+def linear_recurrence(coefficient: Tensor, term: Tensor, last: Tensor | None = None, reverse: bool = True) -> Tensor:
+    """x_t = term_t + coefficient_t · x_{t+1}, with x_T = `last` (0 if None): `[T, *B]`, `last` `[*B]`.
 
     With `reverse=False` time runs the other way: x_t = term_t + coefficient_t · x_{t−1}, with x_{−1} = `last`.
 
@@ -146,12 +141,12 @@ class VTrace(NamedTuple):
 
 
 def vtrace(
-    log_rho: Float[Tensor, "T B"],
-    reward: Float[Tensor, "T B"],
-    value: Float[Tensor, "T B"],
-    next_value: Float[Tensor, "T B"],
-    terminated: Bool[Tensor, "T B"],
-    ended: Bool[Tensor, "T B"],
+    log_rho: Tensor,
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    ended: Tensor,
     gamma: float,
     limits: Limits | None = None,
 ) -> VTrace:
@@ -161,6 +156,8 @@ def vtrace(
     ρ_t = min(ρ̄, π/μ),  c_t = λ min(c̄, π/μ);  advantage_s = min(ρ̄_pg, π/μ)(r_s + γ_s v_{s+1} − V_s).
 
     Where the episode or the unroll ends, the recursion starts anew and v_{s+1} = `next_value`.
+
+    All are `[T, B]`. Losses that are compiled take this one, so its shapes are not in annotations, which are checked.
 
     Args:
         log_rho: log π(a|x) − log μ(a|x) of the actions taken.
@@ -283,7 +280,7 @@ def huber(error: Tensor, threshold: float = 1.0) -> Tensor:
     return F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=threshold)
 
 
-def _unless(stop: Bool[Tensor, "T B"], factor: float, like: Float[Tensor, "T B"]) -> Float[Tensor, "T B"]:
+def _unless(stop: Tensor, factor: float, like: Tensor) -> Tensor:
     """`factor` where not `stop`, else 0, in the dtype of `like`."""
     return torch.full_like(like, factor, requires_grad=False).masked_fill_(stop, 0.0)
 
