@@ -204,16 +204,16 @@ def rerun(words: list[str]) -> None:
     from rookery.rerun import differences
     from rookery.rerun import rerun as repeat
     from rookery.run import load
+    from rookery.runtimes.rerun import Diverged
 
     again = repeat(given.run, until=given.until, run_dir=given.run_dir, env=given.env, quiet=given.quiet)
     original = load(given.run, env=given.env)
     if again.summary["steps"] != original.summary["steps"]:
         print(f"Stopped at step {again.summary['steps']:,}; the checkpoint there is in {again.path}.")
         return
-    unlike = differences(original, again)
-    print(
-        f"{again.path} learnt something else: {', '.join(unlike)}" if unlike else f"{again.path} is equal, bit for bit."
-    )
+    if unlike := differences(original, again):
+        raise Diverged(f"{again.path} learnt something else: {', '.join(unlike)}.")
+    print(f"{again.path} is equal, bit for bit.")
 
 
 def evaluate(words: list[str]) -> None:

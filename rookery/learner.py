@@ -150,9 +150,8 @@ class Learner:
         """Set what changes over the run to where it stands."""
         remaining = max(0.0, 1 - self.steps / self.total_steps)
         self.remaining.fill_(remaining)
-        annealed = self.algorithm.learning_rate(remaining) / self.algorithm.lr
         for name, lr in self.lr.items():
-            lr.fill_((self.parts[name].lr or self.algorithm.lr) * annealed)
+            lr.fill_(self.algorithm.part_rate(self.parts[name], remaining))
 
     def moves(self) -> tuple[str, ...]:
         """The parts whose parameters the next update moves."""

@@ -18,9 +18,12 @@ from rookery.runs.folder import RunFolder
 from rookery.runtimes.arrivals import Replayed
 from rookery.runtimes.rerun import Rerun
 from rookery.settings import EnvLike
+from rookery.systems import system_of
 from rookery.train import ARRIVALS, execute, saved_whole
 
 __all__ = ["differences", "rerun"]
+
+UNORDERED = "hogwild"  # the topology whose roles write to memory without asking anybody
 
 
 def rerun(
@@ -40,7 +43,7 @@ def rerun(
         run_dir: the folder of the new run; by default a new one under `runs/`.
 
     Raises:
-        ValueError: for a run that left no record: inline ones repeat by themselves, from their seed.
+        ValueError: for a run that left no record (inline ones repeat by themselves, from their seed), or of hogwild.
         Diverged: where something else happens than is written in the record.
     """
     run = load(path, algorithm=algorithm, env=env, network=network)
@@ -50,6 +53,8 @@ def rerun(
             f"{run.path} has no record of who came when, which runs with runtime='local' leave; train the run again "
             "with its seed, which repeats inline runs."
         )
+    if system_of(config["system"], run.algorithm).topology == UNORDERED:
+        raise ValueError(f"{run.path} is of {config['system']}, whose workers write to shared memory in no order.")
     folder = RunFolder.create(run_dir, config["system"], str(config["env"]), config["options"]["seed"])
     folder.write_config({**config, "rerun_of": str(run.path)})
     run.folder, run.checkpoints = folder, Checkpoints(folder.checkpoints)

@@ -58,8 +58,8 @@ class Shard:
             for name, group in whole.groups.items()
         }
         parts = algorithm.parts(net) or {}
-        self._rates = {name: parts.get(name, Part([])).lr or algorithm.lr for name in whole.gradients}
-        self.lr = {name: torch.tensor(rate) for name, rate in self._rates.items()}
+        self.parts = {name: parts.get(name, Part([])) for name in whole.gradients}
+        self.lr = {name: torch.tensor(part.lr or algorithm.lr) for name, part in self.parts.items()}
         self.optimizers = {name: algorithm.optimizer([self.parameters[name]], lr) for name, lr in self.lr.items()}
         norms = {name: part.cpu() for name, part in net.named_modules() if isinstance(part, RunningNorm)}
         self.norms = {} if index else norms
@@ -82,9 +82,8 @@ class Shard:
         if not moves or not self._young(self.version - int(share["version"])):
             return
         began = time.perf_counter()
-        annealed = self.algorithm.learning_rate(remaining) / self.algorithm.lr
         for name in moves:
-            self.lr[name].fill_(self._rates[name] * annealed)
+            self.lr[name].fill_(self.algorithm.part_rate(self.parts[name], remaining))
             self.parameters[name].grad = share["gradient"][name]
             self.optimizers[name].step()
         for name, norm in self.norms.items():

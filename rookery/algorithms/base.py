@@ -186,6 +186,11 @@ class Algorithm:
         """Step size with `remaining` (1 to 0) of the run ahead."""
         return self.lr
 
+    def part_rate(self, part: Part, remaining: float) -> float:
+        """A part's step size then: its own, annealed as the algorithm's is."""
+        annealed = self.learning_rate(remaining) / self.lr
+        return (part.lr or self.lr) * annealed
+
 
 def flat(algorithm: Algorithm, net: nn.Module) -> FlatParameters:
     """The network's parameters as one flat tensor for each of the algorithm's parts."""

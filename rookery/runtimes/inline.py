@@ -230,25 +230,48 @@ class InlineReplay:
             self.limiter.begin_again()
 
 
+class Answer:
+    """What somebody asked, and the answer once it is there."""
+
+    def __init__(self, slot: Any, word: str) -> None:
+        self.slot, self.word = slot, word
+        self._given: list[Any] = []
+
+    def give(self, answer: Any) -> None:
+        self._given.append(answer)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        yield from until(lambda: bool(self._given), "an answer", self.word)
+        return self._given[0]
+
+
 class InlineCalls:
     """`Calls` within one process."""
 
     def __init__(self, meter: WordMeter) -> None:
         self.meter = meter
-        self._waiting: deque[tuple[Any, Callable[[Any], None]]] = deque()
+        self._slots: dict[int, Any] = {}  # by asker
+        self._waiting: deque[Answer] = deque()
 
-    async def ask(self, request: Any) -> Any:
-        answer: list[Any] = []
-        self._waiting.append((request, answer.append))
+    async def slot(self, make: Callable[[], Any], index: int) -> Any:
+        if index not in self._slots:
+            self._slots[index] = make()
+        return self._slots[index]
+
+    def ask(self, slot: Any) -> Answer:
+        self._waiting.append(Answer(slot, self.meter.name))
         self.meter.gives(1)
-        await until(lambda: bool(answer), "an answer", self.meter.name)
-        return answer[0]
+        return self._waiting[-1]
 
     async def requests(self, most: int) -> list[tuple[Any, Callable[[Any], None]]]:
+        return [(answer.slot, answer.give) for answer in await self.take(most)]
+
+    async def take(self, most: int) -> list[Answer]:
+        """`requests`, as they are kept here."""
         await until(lambda: bool(self._waiting), "a request", self.meter.name)
-        requests = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
-        self.meter.takes(len(requests))
-        return requests
+        taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+        self.meter.takes(len(taken))
+        return taken
 
 
 WORDS: dict[str, Callable[..., Any]] = {

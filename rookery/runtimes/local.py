@@ -212,14 +212,14 @@ class Local:
                 message = connection.recv()
             except (EOFError, OSError) as error:
                 hint = "" if member.spoke else f" before it began; {UNGUARDED}"
-                self._note(DIED, self.members.index(member))
+                self._note(DIED, member)
                 self._revive(member, f"its process ended ({_cause(member.process)}){hint}", error)
                 return
             if message[0] == "told":  # which changes nothing
                 self.meter.role(member.name).tells(message[1], time.perf_counter())
                 continue
             if message[0] != "box" and not (message[0] == "ask" and message[2] in ASIDE):
-                self._note(KEPT if message[0] == "kept" else MESSAGE, self.members.index(member))
+                self._note(KEPT if message[0] == "kept" else MESSAGE, member)
             self._take(member, message)
             if member.over or member.connection is not connection:
                 return
@@ -232,9 +232,9 @@ class Local:
         except Exception as error:  # a word's, on the role's behalf
             raise RoleError(f"{member.name} failed: {error}") from error
 
-    def _note(self, what: int, role: int = 0) -> None:
+    def _note(self, what: int, member: Member | None = None) -> None:
         if self.arrivals is not None:
-            self.arrivals.note(what, role)
+            self.arrivals.note(what, 0 if member is None else self.members.index(member))
 
     def _idle(self) -> bool:
         return all(member.over or member.waiting is not None for member in self.members)
@@ -334,8 +334,8 @@ class Local:
                 "functions importable (no lambdas or local classes), or use runtime='inline'."
             ) from error
         theirs.close()
-        member.process, member.since, member.granted, member.spoke = process, time.monotonic(), False, False
-        member.within = member.advanced = False
+        member.process, member.since = process, time.monotonic()
+        member.begin()
 
     def _revive(self, member: Member, reason: str, error: BaseException) -> None:
         """Start a role again that has failed, and take back what it held."""
@@ -365,7 +365,7 @@ class Local:
         for member in self.members:
             if member.waiting is None and not member.over and now - member.since > self.deadline:
                 reason = f"it was not heard of for {self.deadline:g} s"
-                self._note(DIED, self.members.index(member))
+                self._note(DIED, member)
                 self._revive(member, reason, TimeoutError(reason))
 
     def _send(self, member: Member, *message: Any) -> None:

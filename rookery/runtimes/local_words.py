@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rookery.runtimes.boxes import copied, fits, pour, unpacked
-from rookery.runtimes.inline import InlineCalls, InlineQueue, InlineReplay, InlineWeights, State, until
+from rookery.runtimes.inline import Answer, InlineCalls, InlineQueue, InlineReplay, InlineWeights, State, until
 from rookery.runtimes.meter import Meter, nbytes
 from rookery.runtimes.words import Published, RoleSpec
 
@@ -69,6 +70,10 @@ class Member:
     within: bool = False  # whether it is at what has to be done whole
     filling: dict[int, tuple[str, Box]] = field(default_factory=dict)  # boxes lent to it, and by which word
     reading: dict[int, tuple[str, Box]] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Forget what the process before was at."""
+        self.granted = self.spoke = self.within = self.advanced = False
 
     @property
     def name(self) -> str:
@@ -289,33 +294,44 @@ class LocalReplay(InlineReplay):
 
 
 class LocalCalls(InlineCalls):
-    """`Calls`: requests and answers travel as they are."""
+    """`Calls`: slots are boxes, answers travel as they are."""
 
-    starts = ("ask",)
+    starts = ("answer",)  # what is asked, others may answer; who asked goes on once it may
 
     def __init__(self, runtime: Lender, name: str) -> None:
         super().__init__(runtime.meter.word(name, "calls"))
-        self._open: dict[int, tuple[Member, Any, Callable[[Any], None]]] = {}  # who works on which request
-        self._asked = 0
+        self.runtime = runtime
+        self._asked: dict[int, tuple[Member, Answer]] = {}  # by the number of the slot
+        self._open: dict[int, tuple[Member, Answer]] = {}  # who works on which request
+        self._taken = 0
 
-    async def ask_ask(self, member: Member, request: Any) -> Any:
-        return await self.ask(request)
+    async def ask_slot(self, member: Member, index: int) -> int:
+        return self.runtime.lend(member, await self.slot(self.runtime.box, index))
 
-    async def ask_requests(self, member: Member, most: int) -> list[tuple[int, Any]]:
+    def tell_ask(self, member: Member, number: int) -> None:
+        box = next(box for box in self._slots.values() if box.number == number)
+        self._asked[number] = member, self.ask(box)
+
+    async def ask_answer(self, member: Member, number: int) -> Any:
+        return await self._asked[number][1]
+
+    async def ask_requests(self, member: Member, most: int) -> list[tuple[int, int]]:
         found = []
-        for request, answer in await self.requests(most):
-            self._asked += 1
-            self._open[self._asked] = (member, request, answer)
-            found.append((self._asked, request))
+        for answer in await self.take(most):
+            self._taken += 1
+            self._open[self._taken] = member, answer
+            found.append((self._taken, self.runtime.lend(member, answer.slot)))
         return found
 
     def tell_answer(self, member: Member, number: int, value: Any) -> None:
-        self._open.pop(number)[2](value)
+        self._open.pop(number)[1].give(value)
 
     def forget(self, member: Member) -> None:
-        """What a dead member did not answer waits again, as the first."""
-        left = [number for number, (who, *_) in self._open.items() if who is member]
-        self._waiting.extendleft(self._open.pop(number)[1:] for number in reversed(left))
+        """What a dead member asked is no longer asked; what it did not answer waits again, as the first."""
+        gone = [answer for who, answer in self._asked.values() if who is member]
+        self._waiting = deque(answer for answer in self._waiting if answer not in gone)
+        left = [number for number, (who, _) in self._open.items() if who is member]
+        self._waiting.extendleft(self._open.pop(number)[1] for number in reversed(left))
 
 
 WORDS: dict[str, Callable[..., Any]] = {

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
@@ -179,20 +179,37 @@ class LinkedReplay:
         self.link.tell(self.name, "prioritise", packed(index), packed(priorities))
 
 
+class LinkedAnswer:
+    """What somebody asked, and the answer once it is there."""
+
+    def __init__(self, link: Link, name: str, number: int) -> None:
+        self.link, self.name, self.number = link, name, number
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self.link.ask(self.name, "answer", self.number).__await__()
+
+
 class LinkedCalls:
-    """`Calls` as a role sees it; what is asked and answered is small."""
+    """`Calls` as a role sees it."""
 
     def __init__(self, link: Link, name: str) -> None:
         self.link, self.name = link, name
 
-    async def ask(self, request: Any) -> Any:
-        return await self.link.ask(self.name, "ask", request)
+    async def slot(self, make: Callable[[], Any], index: int) -> Any:
+        number = await self.link.ask(self.name, "slot", index)
+        return self.link.boxes[number] if number in self.link.boxes else self.link.make(number, make())
+
+    def ask(self, slot: Any) -> LinkedAnswer:
+        number = self.link.numbers[id(slot)]
+        self.link.tell(self.name, "ask", number)
+        return LinkedAnswer(self.link, self.name, number)
 
     async def requests(self, most: int) -> list[tuple[Any, Callable[[Any], None]]]:
         def answer(number: int) -> Callable[[Any], None]:
             return lambda value: self.link.tell(self.name, "answer", number, value)
 
-        return [(request, answer(number)) for number, request in await self.link.ask(self.name, "requests", most)]
+        asked = await self.link.ask(self.name, "requests", most)
+        return [(self.link.boxes[slot], answer(number)) for number, slot in asked]
 
 
 WORDS = {"queue": LinkedQueue, "weights": LinkedWeights, "replay": LinkedReplay, "calls": LinkedCalls}

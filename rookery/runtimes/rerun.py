@@ -104,8 +104,6 @@ class Rerun(Local):
             stop = between(steps, snapshot) or self.record.next in (None, PAUSE)
             return stop or (self.taken_at is not None and self.taken_at == self.resumed_at)
 
-        if any(word.options.get("once") for word in graph.words.values()):
-            raise ValueError("roles that share memory write to it in no order that could be repeated (hogwild).")
         self.heard = dict.fromkeys(range(len(graph.roles)), 0)
         try:
             return super().run(graph, stops, saved)
@@ -125,7 +123,7 @@ class Rerun(Local):
         self.steps = max(self.steps, self._learner.steps)  # which may not be heard yet
         return self._collected()
 
-    def _note(self, what: int, role: int = 0) -> None:
+    def _note(self, what: int, member: Member | None = None) -> None:
         if what in (PAUSE, RESUME):
             if self.record.next != what:
                 raise Diverged(f"at event {self.record.at} of the record the run takes its state at another time.")
@@ -172,8 +170,8 @@ class Rerun(Local):
 
     def _start(self, member: Member) -> None:
         member.connection = link = Here(self, member)
-        member.granted = member.spoke = member.within = member.advanced = False
-        member.process = member.connection
+        member.process = link
+        member.begin()
         self._coroutines[id(member)] = begun(link, member.spec, member.seed, copy.deepcopy(member.kept))
         self._go_on(member, None)
 

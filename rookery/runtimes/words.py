@@ -86,12 +86,16 @@ class Replay(Protocol):
 
 
 class Calls(Protocol):
-    """Request and answer."""
+    """Request and answer, both in a slot: who asks fills it, who answers writes there too."""
 
-    async def ask(self, request: Any) -> Any: ...
+    async def slot(self, make: Callable[[], Any], index: int) -> Any:
+        """The slot of the asker of that index, who keeps it; `make` allocates it."""
+
+    def ask(self, slot: Any) -> Awaitable[Any]:
+        """Ask now; what this gives is awaited for the answer, a small one. Until then the slot is left alone."""
 
     async def requests(self, most: int) -> list[tuple[Any, Callable[[Any], None]]]:
-        """Wait for at least one request; gives at most `most`, each with the function that answers it."""
+        """Wait for at least one request; gives at most `most` slots, each with the function that answers it."""
 
 
 class Role(Protocol):

@@ -17,6 +17,7 @@ from rookery.algorithms.base import Algorithm, OnPolicy, Refused
 from rookery.learner import Learner
 from rookery.nn.shared import Shared, new_memory
 from rookery.runtimes.words import Graph, Role, Weights
+from rookery.topologies.actor_learner import ActorLearner
 from rookery.topologies.actors_learner import evaluator
 from rookery.topologies.setting import Setting, crosses
 
@@ -59,7 +60,7 @@ async def learner(role: Role, setting: Setting, workers: int, memory: Weights, w
 
 
 @dataclass
-class Worker:
+class Worker(ActorLearner):
     """What a worker keeps; the optimiser's statistics are in the shared memory."""
 
     collector: Collector
@@ -71,16 +72,6 @@ class Worker:
     def load_state(self, state: dict[str, Any]) -> None:
         self.learner.load_state(state)
         self.collector.load_state(state["collector"])
-
-    @property
-    def steps(self) -> int:
-        """Its own."""
-        return self.collector.steps
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """By activity."""
-        return {**self.collector.seconds, **self.learner.seconds}
 
     def summary(self, shared: Shared, ages: list[int]) -> dict[str, Any]:
         """A row of metrics: its episodes, and of the first worker how learning goes."""

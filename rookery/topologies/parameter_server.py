@@ -31,6 +31,7 @@ from rookery.runtimes.limiter import RateLimiter
 from rookery.runtimes.together import together
 from rookery.runtimes.words import Graph, Published, Queue, Role, Weights
 from rookery.shard import Outliers, Shard, slices
+from rookery.topologies.actor_learner import ActorLearner
 from rookery.topologies.actors_learner import evaluator
 from rookery.topologies.replicas import moments, norms
 from rookery.topologies.setting import Setting, crosses
@@ -135,7 +136,7 @@ def wire(
     return graph
 
 
-class Bundle:
+class Bundle(ActorLearner):
     """An actor, its replay and a learner, which have their parameters from shards.
 
     Args:
@@ -229,16 +230,6 @@ class Bundle:
     def dropped(self) -> dict[str, int]:
         """Gradients that were dropped, by reason."""
         return {"outlier": self.outliers.dropped}
-
-    @property
-    def steps(self) -> int:
-        """Its own."""
-        return self.collector.steps
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """By activity."""
-        return {**self.collector.seconds, **self.learner.seconds}
 
     def metrics(self) -> dict[str, Any]:
         """Its episodes, what it dropped, how far apart its slices are; of the first bundle also how learning goes."""

@@ -150,11 +150,13 @@ def norms(learner: Learner) -> dict[str, RunningNorm]:
 @torch.no_grad()
 def moments(learner: Learner, batch: Values) -> Values:
     """What the network's running statistics would be, had they seen this batch alone."""
-    kept = {name: copied(dict(norm.named_buffers())) for name, norm in norms(learner).items()}
+    found = {name: dict(norm.named_buffers()) for name, norm in norms(learner).items()}
+    if not found:
+        return {}
+    kept = copied(found)
     for norm in norms(learner).values():
         norm.reset()
     learner.algorithm.finish(learner.net, batch)
-    seen = {name: copied(dict(norm.named_buffers())) for name, norm in norms(learner).items()}
-    for name, norm in norms(learner).items():
-        pour(kept[name], dict(norm.named_buffers()))
+    seen: Values = copied(found)
+    pour(kept, found)
     return seen

@@ -36,7 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "settings": ("systems", *FOUNDATION),
     "run": ("settings", "systems", "evaluator", *FOUNDATION, "runs"),
     "train": ("run", "settings", "systems", "topologies", *COMMON_USE, *FOUNDATION, "runs", "runtimes"),
-    "rerun": ("train", "run", "settings", *FOUNDATION, "runs", "runtimes"),
+    "rerun": ("train", "run", "settings", "systems", *FOUNDATION, "runs", "runtimes"),
     "cli": (
         "train",
         "rerun",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from tiny import home, metrics, tiny
 
 import rookery
+from rookery.cli import main
 from rookery.rerun import differences, rerun
 from rookery.runs.metrics import read
 from rookery.runtimes.arrivals import DIED, KEPT, MESSAGE, PAUSE, RESUME, TURN, Arrivals, Replayed
@@ -96,6 +98,22 @@ def test_inline_runs_have_no_record(tmp_path: Path) -> None:
     run = rookery.train("a2c", home("a2c"), run_dir=tmp_path / "run", quiet=True, **tiny("a2c"))
     with pytest.raises(ValueError, match="has no record of who came when"):
         again(run)
+
+
+def test_what_shares_memory_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    run = local("a3c", tmp_path / "run", learners=2)
+    with pytest.raises(ValueError, match="a3c, whose workers write to shared memory"):
+        again(run)
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_command_line_fails_where_something_else_was_learnt(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    run = local("impala", tmp_path / "run", actors=2)
+    monkeypatch.setattr(sys.modules["rookery.rerun"], "differences", lambda one, two: ["learner.counts"])
+    with pytest.raises(SystemExit) as exit:
+        main(["rerun", str(run.path), "--run-dir", str(tmp_path / "again"), "--quiet"])
+    assert exit.value.code == 1
+    assert "learnt something else: learner.counts" in capsys.readouterr().err
 
 
 def test_a_record_that_ends_abruptly_is_read_as_far_as_it_goes(tmp_path: Path) -> None:

@@ -90,9 +90,9 @@ async def filler(role: Any, queue: Any, count: int) -> None:
         queue.put(slot)
 
 
-async def emptier(role: Any, queue: Any, each: int, gets: int) -> None:
+async def emptier(role: Any, queue: Any, each: int, gets: int, first: int) -> None:
     for number in range(gets):
-        slots = await queue.get(each)
+        slots = await queue.get(each if number else first)
         assert all((slot.values[1:] == slot.values[1]).all() for slot in slots), "torn"
         role.report(number, {"got": [slot.values[:2].tolist() for slot in slots]})
         queue.release(slots)
@@ -210,9 +210,12 @@ async def sampler(role: Any, replay: Any, batch: int, samples: int, most: int = 
 
 
 async def client(role: Any, calls: Any, done: Any, count: int) -> None:
+    slot = await calls.slot(Slot, role.index)
     for number in range(count):
-        answer = await calls.ask([role.index, number])
-        assert answer == [role.index, number, "answered"]
+        slot.values[:] = torch.tensor([role.index, number])
+        asked = calls.ask(slot)
+        assert await asked == "answered"
+        assert slot.values.tolist() == [role.index + 1000, number + 1000]
     role.report(count, {"answers": count})
     done.put(await done.slot(Slot, role.index))
 
@@ -221,8 +224,9 @@ async def server(role: Any, calls: Any, most: int) -> None:
     while True:
         requests = await calls.requests(most)
         role.report(0, {"size": len(requests)})
-        for request, answer in reversed(requests):
-            answer([*request, "answered"])
+        for slot, answer in reversed(requests):
+            slot.values += 1000
+            answer("answered")
 
 
 async def judge(role: Any, done: Any, count: int) -> None:

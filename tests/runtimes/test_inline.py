@@ -67,7 +67,7 @@ def test_fillers_take_turns_exactly() -> None:
     queue = graph.word("queue", "queue", each=2)
     for index in range(3):
         graph.role(roles.filler, index, queue=queue, count=1000)
-    graph.role(roles.emptier, queue=queue, each=1, gets=60, ends_run=True)
+    graph.role(roles.emptier, queue=queue, each=1, gets=60, first=1, ends_run=True)
     who = [row[3]["got"][0][0] for row in execute(graph) if "got" in row[3]]
     assert who == [number // 2 % 3 for number in range(60)]  # each fills all of its own, then it is the next one's turn
 
