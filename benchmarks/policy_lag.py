@@ -59,6 +59,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     from rookery.topologies import actors_learner
 
     actors_learner.wire = lagged(spec["lag"])
+    del actors_learner.check  # of numbers that it does not take
     settings = {"steps": spec["steps"], "seed": spec["seed"], "correction": spec["correction"], "lr": LR, "unroll": 20}
     settings |= {"actors": 1, "envs": 32, "device": "cpu", "threads": 1, "quiet": True, "sinks": ()}
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from rookery.envs.vector import Obs, VectorEnv
 from rookery.estimators import linear_recurrence
 from rookery.nn.compiled import compiled, precision
 
-__all__ = ["Collector", "Unroll", "joined"]
+__all__ = ["Collector", "Unroll", "joined", "new_unroll"]
 
 COLUMNS = ("reward", "terminated", "truncated", "valid")
 CHUNK = 8  # rows that are compiled as one function; more rows a call cost less, and compile longer
@@ -33,6 +34,15 @@ class Unroll:
         self.state_in = state.clone()  # [B, S] recurrent state before row 0
         self.version = torch.zeros((), dtype=torch.int64)  # of the weights that acted
         self.priority: Tensor | None = None  # [T, B] of the rows in replay, where the algorithm gives them
+
+    def part(self, lanes: slice) -> Unroll:
+        """Some of its lanes, in the same memory."""
+        part = copy.copy(self)
+        part.buffer = copy.copy(self.buffer)
+        part.buffer.storage = {name: rows[:, lanes] for name, rows in self.buffer.storage.items()}
+        part.state_in = self.state_in[lanes]
+        part.priority = None if self.priority is None else self.priority[:, lanes]
+        return part
 
     def batch(self) -> dict[str, Obs]:
         """The rows by name, `[T+1, B, ...]`, and the recurrent `state` before row 0, `[B, S]`."""
@@ -52,12 +62,23 @@ class Unroll:
             value.copy_(saved) if isinstance(value, Tensor) else value.update_(saved)
 
 
-def joined(unrolls: Sequence[Unroll]) -> dict[str, Any]:
-    """Unrolls side by side, as one batch of all their lanes; a single one is not copied."""
+def joined(unrolls: Sequence[Unroll], device: torch.device) -> dict[str, Any]:
+    """Unrolls side by side, as one batch of all their lanes; a single one that is on the device is not copied."""
     batches = [unroll.batch() for unroll in unrolls]
-    if len(batches) == 1:
-        return batches[0]
-    return {name: torch.cat([batch[name] for batch in batches], dim=int(name != "state")) for name in batches[0]}
+    whole = (
+        batches[0]
+        if len(batches) == 1
+        else {name: torch.cat([batch[name] for batch in batches], dim=int(name != "state")) for name in batches[0]}
+    )
+    return {name: value.to(device) for name, value in whole.items()}
+
+
+def new_unroll(algorithm: Algorithm, example: tuple[dict[str, Obs], bool], state: Tensor, steps: int) -> Unroll:
+    """Room for so many rows like the example (`Collector.example`)."""
+    row, records = example
+    unroll = Unroll(UnrollBuffer(row, steps), state, records)
+    unroll.priority = algorithm.priorities(unroll.batch())
+    return unroll
 
 
 class Collector:
@@ -137,6 +158,23 @@ class Collector:
     @torch.no_grad()
     def slot(self) -> Unroll:
         """A new slot, allocated from one example row."""
+        return new_unroll(self.algorithm, self.example(), self.memory, self.T)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the lanes."""
+        return self.env.device
+
+    @property
+    def memory(self) -> Tensor:
+        """The recurrent state `[B, S]` of the lanes."""
+        return self._state
+
+    def close(self) -> None:
+        self.env.close()
+
+    def example(self) -> tuple[dict[str, Obs], bool]:
+        """A row, and whether acting gives more than actions."""
         floats = torch.zeros(self.env.lanes, device=self.env.device)
         noise = self.net.draw((self.env.lanes,), torch.Generator(self.env.device))
         acted = self._choose(self._obs, self._state, noise)
@@ -148,17 +186,16 @@ class Collector:
             **{name: floats.bool() for name in ("terminated", "truncated", "valid", "start")},
             **acted.record,
         }
-        unroll = Unroll(UnrollBuffer(row, self.T), self._state, bool(acted.record))
-        unroll.priority = self.algorithm.priorities(unroll.batch())
-        return unroll
+        return row, bool(acted.record)
+
+    async def filled(self, unroll: Unroll, scale: Tensor | float = 1.0) -> int:
+        """`fill`, for whom it is all the same whether these lanes' actions are chosen here."""
+        return self.fill(unroll, scale)
 
     @torch.no_grad()
     def fill(self, unroll: Unroll, scale: Tensor | float = 1.0) -> int:
         """T steps of every lane into the slot, explored by `scale`, `[B]` or a number; gives how many were valid."""
-        unroll.state_in.copy_(self._state)
-        self._scale[:] = scale
-        noise = self.net.draw((self.T + 1, self.env.lanes), self.generator).unbind(0)
-        ahead = self._tensor_env.draw(self._tensor_env.generator, self.T).unbind(0) if self._tensor_env else ()
+        noise, ahead = self._begin(unroll, scale)
         raw: list[Tensor] = []
         for first in range(0, self.T, self._chunk):
             part = slice(first, first + self._chunk)
@@ -167,11 +204,24 @@ class Collector:
             unroll.buffer.write(rows, first)
             if self._static:
                 self._settle()
+        if not unroll.records:
+            return self._end(unroll, raw, {})
+        # These lanes act again, with newer weights: this is for the record alone.
+        acted = self._timed("inference", self._choose)(self._obs, self._state, noise[-1])
+        return self._end(unroll, raw, acted.record)
+
+    def _begin(self, unroll: Unroll, scale: Tensor | float) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Draw the noise of T + 1 rows, and what a tensor environment takes for T."""
+        unroll.state_in.copy_(self._state)
+        self._scale[:] = scale
+        noise = self.net.draw((self.T + 1, self.env.lanes), self.generator).unbind(0)
+        return noise, self._tensor_env.draw(self._tensor_env.generator, self.T).unbind(0) if self._tensor_env else ()
+
+    def _end(self, unroll: Unroll, raw: list[Tensor], record: dict[str, Tensor]) -> int:
+        """Write the last row, and all that follows from the others; gives how many steps were valid."""
         if self._tensor_env is not None:
             self._tensor_env.noise = None
-        rest = {"obs": self._obs, "start": self._start}
-        if unroll.records:  # these lanes act again, with newer weights: this is for the record alone
-            rest |= self._timed("inference", self._choose)(self._obs, self._state, noise[-1]).record
+        rest = {"obs": self._obs, "start": self._start, **record}
         unroll.buffer.write({name: [value] for name, value in rest.items()}, self.T)
         unroll.version.fill_(self.version)
         valid = self._account(unroll.buffer, raw)
@@ -185,16 +235,19 @@ class Collector:
         for index, own in enumerate(noise):
             if self._tensor_env is not None:
                 self._tensor_env.noise = ahead[index]
-            acted = self._act(self._obs, self._state, own)
-            step = self._step(acted.action)
-            row = {"obs": self._obs, "start": self._start, "action": acted.action, **acted.record, **step.columns()}
-            for name, value in row.items():
+            for name, value in self._row(self._act(self._obs, self._state, own)).items():
                 rows[name].append(value)
-            self._obs = step.obs
-            if self.net.state_size:  # the row after an invalid one is an episode's first, and begins with no memory
-                self._start = ~step.valid
-                self._state = acted.state.masked_fill(self._start.unsqueeze(-1), 0)
         return rows
+
+    def _row(self, acted: Acted) -> dict[str, Obs]:
+        """Step the lanes; gives the row."""
+        step = self._step(acted.action)
+        row = {"obs": self._obs, "start": self._start, "action": acted.action, **acted.record, **step.columns()}
+        self._obs = step.obs
+        if self.net.state_size:  # the row after an invalid one is an episode's first, and begins with no memory
+            self._start = ~step.valid
+            self._state = acted.state.masked_fill(self._start.unsqueeze(-1), 0)
+        return row
 
     def _settle(self) -> None:
         """Copy the lanes out of the memory of the CUDA graph, which the next replay overwrites."""

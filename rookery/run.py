@@ -26,7 +26,8 @@ from rookery.systems import SYSTEMS, System, find, system_of
 
 __all__ = ["MakeEnv", "MakeNet", "Policy", "Run", "build", "evaluate", "layout", "load", "threads"]
 
-LAYOUT = ("actors", "learners", "shards", "max_delay", "outliers")  # options that a topology is wired by
+# Options that a topology is wired by.
+LAYOUT = ("actors", "learners", "shards", "max_delay", "outliers", "inference", "double_buffer")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class MakeEnv:
     env: EnvLike
     options: Options
 
-    def __call__(self, lanes: int, seed: int, **more: Any) -> VectorEnv:
+    def __call__(self, lanes: int, seed: int, device: str | None = None, **more: Any) -> VectorEnv:
         options, env = self.options, self.env
         if isinstance(env, VectorEnv):
             env = Copies(env)()
@@ -49,7 +50,7 @@ class MakeEnv:
         settings = options.env_settings
         if "workers" in settings:
             settings["workers"] = min(settings["workers"], lanes)
-        made = make_env(env, lanes, options.device, seed, **settings, **more)
+        made = make_env(env, lanes, device or options.device, seed, **settings, **more)
         return transform(made, frame_stack=options.frame_stack or None, clip_reward=options.clip_reward)
 
 
@@ -79,11 +80,11 @@ class MakeNet:
     seed: int
     device: str
 
-    def __call__(self) -> PolicyNet:
+    def __call__(self, device: str | None = None) -> PolicyNet:
         network = copy.deepcopy(self.network) if isinstance(self.network, torch.nn.Module) else self.network
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return self.algorithm.networks(self.spec, network).to(self.device)
+            return self.algorithm.networks(self.spec, network).to(device or self.device)
 
 
 class Policy:

@@ -35,6 +35,9 @@ class Options:
     max_delay: int = 0  # updates since its weights were read, above which a shard drops a gradient; 0 keeps all
     outliers: float = 0.0  # deviations above the mean loss, above which a gradient is dropped; 0 keeps all
     runtime: Literal["inline", "local"] = "inline"  # where the roles run: in turn in this process, or each in its own
+    inference: Literal["own", "shared"] = "own"  # each actor chooses its actions, or one role for all
+    double_buffer: bool = False  # half of an actor's lanes step while shared inference chooses for the others
+    layout: Literal["given", "auto"] = "given"  # "auto" tries a few for seconds each, and takes the fastest
     device: str = "auto"  # "auto" takes a GPU if there is one
     precision: Literal["auto", "float32", "bf16"] = "auto"  # of encoders; "auto" takes bf16 for images where it is fast
     compile: bool = False  # torch.compile for acting and loss: faster, but tens of seconds to begin with

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from rookery.algorithms.base import Algorithm, Network
+from rookery.envs.vector import VectorEnv
+from rookery.layouts import check_script, fastest, rows, shown
 from rookery.run import Run, build, layout, load, threads
 from rookery.runs.account import account, condensed, flat, since
 from rookery.runs.checkpoint import Checkpoints
+from rookery.runs.files import write_json
 from rookery.runs.folder import RunFolder
 from rookery.runs.metrics import RUNTIME, MetricsLog
 from rookery.runs.progress import Progress
@@ -32,6 +37,7 @@ __all__ = ["resume", "train"]
 MakeRuntime = Callable[[Callable[[str, int, int, dict[str, Any]], None]], Inline | Local]
 
 ARRIVALS = "arrivals"  # the folder of records of who came when, named by the first step and the budget
+LAYOUTS = "layouts.json"  # those that were tried
 REPLAY = "replay"  # the folder of a replay that lies in files
 # Of an account, in the summary.
 MEASURED = ("bottleneck", "roles", "words", "flows", "restarts", "dropped", "processes", "cores", "cores_busy")
@@ -64,7 +70,11 @@ def train(
     """
     name, algorithm, options = resolve(system, env, settings)
     run, options = build(name, algorithm, env, options, network)
+    if options.layout == "auto":
+        check_script()
     run.folder = RunFolder.create(run_dir, name, env_name(env), options.seed)
+    if options.layout == "auto":
+        run, options = _laid_out(run, name, options, quiet)
     run.checkpoints = Checkpoints(run.folder.checkpoints)
     config = {
         "system": name,
@@ -122,7 +132,23 @@ def execute(
     make_runtime: MakeRuntime | None = None,
 ) -> Run:
     """Run the topology on the runtime, with checkpoints, and write down how it went."""
-    setting = Setting(
+    system = system_of(name, run.algorithm)
+    graph = system.module.wire(_setting(run, options), options.seed, **layout(system, run.algorithm, options))
+    try:
+        with threads(options.threads), Keeper(run, options, quiet, saved) as keeper:
+            make = make_runtime or partial(_runtime, run.path, options, keeper.step)
+            runtime = make(keeper.report)
+            keeper.measured = runtime.measured
+            state = runtime.run(graph, keeper.between, None if saved is None else saved["run"])
+            keeper.finish(state)
+    finally:
+        shutil.rmtree(run.path / REPLAY, ignore_errors=True)  # memory, not data: checkpoints have what is to be kept
+    return run
+
+
+def _setting(run: Run, options: Options) -> Setting:
+    """What the run's roles are built from."""
+    return Setting(
         run.algorithm,
         run._make_env,
         run._make_net,
@@ -141,19 +167,34 @@ def execute(
             run._make_net.spec.stack,
             run._make_net.spec.goal_reward,
         ),
+        {"device": "cpu"} if options.runtime == "local" or options.inference == "shared" else {},
     )
-    system = system_of(name, run.algorithm)
-    graph = system.module.wire(setting, options.seed, **layout(system, run.algorithm, options))
+
+
+def _laid_out(run: Run, name: str, options: Options, quiet: bool) -> tuple[Run, Options]:
+    """The run with the fastest layout; what was tried is in its folder, which is gone if nothing came of it."""
+    env, folder = run._make_env.env, run.folder
+    make = partial(build, name, run.algorithm, env, network=run._make_net.network)
+
+    def make_setting(each: Options) -> Setting:
+        trial, each = make(each)
+        trial.folder = RunFolder(Path(tempfile.mkdtemp(dir=aside)))
+        return _setting(trial, each)
+
+    own = isinstance(env, VectorEnv)  # its lanes are as many as they are
     try:
-        with threads(options.threads), Keeper(run, options, quiet, saved) as keeper:
-            make = make_runtime or partial(_runtime, run.path, options, keeper.step)
-            runtime = make(keeper.report)
-            keeper.measured = runtime.measured
-            state = runtime.run(graph, keeper.between, None if saved is None else saved["run"])
-            keeper.finish(state)
-    finally:
-        shutil.rmtree(run.path / REPLAY, ignore_errors=True)  # memory, not data: checkpoints have what is to be kept
-    return run
+        with tempfile.TemporaryDirectory(dir=folder.path) as aside, shown(quiet) as show:
+            best, trials = fastest(
+                system_of(name, run.algorithm), run.algorithm, options, make_setting, splits=not own, show=show
+            )
+    except BaseException:  # Ctrl-C, too
+        with contextlib.suppress(OSError):
+            folder.path.rmdir()
+        raise
+    write_json(folder.path / LAYOUTS, rows(trials, best))
+    run, options = make(dataclasses.replace(best, layout="given"))
+    run.folder = folder
+    return run, options
 
 
 def _runtime(path: Path, options: Options, step: int, report: Callable[..., None]) -> Inline | Local:

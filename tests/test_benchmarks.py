@@ -129,3 +129,26 @@ def test_replay_throughput(tmp_path: Path) -> None:
     pytest.importorskip("stable_baselines3")
     result, text = bench("replay_throughput", tmp_path, "--cores", CORE)
     check_machine(result, text)
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path: Path) -> None:
+    result, text = bench("scaling", tmp_path, "--cores", CORE)
+    check_machine(result, text)
+    assert result["scaling"].keys() == {"impala, 2 ms, 1", "impala, 2 ms, 2"}
+    assert {name.rpartition(", ")[2] for name in result["overhead"]} == {"loop", "inline", "local"}
+    for (each,) in [*result["scaling"].values(), *result["overhead"].values()]:
+        assert each["steps_per_second"] == pytest.approx(each["steps"] / each["seconds"])
+        assert 0 < each["cores_busy"] <= 1.1
+    ((step,),) = result["actor_step"].values()
+    parts = [step[part] for part in ("inference", "environment", "rows and accounts")]
+    assert step["all"] == pytest.approx(sum(parts))
+
+
+@pytest.mark.slow
+def test_shared_inference(tmp_path: Path) -> None:
+    result, text = bench("shared_inference", tmp_path, "--cores", CORE)
+    check_machine(result, text)
+    for case in result["cases"].values():
+        assert list(case) == ["own", "shared", "shared, double buffer"]
+        assert all(run["steps_per_second"] > 0 for runs in case.values() for run in runs)

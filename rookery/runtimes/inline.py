@@ -314,6 +314,9 @@ class InlineRole:
         yield
         self.within = False
 
+    async def boundary(self) -> None:
+        await until(lambda: not self._runtime.underway, "the end of units that others are within", "units")
+
     def keep(self, part: Part) -> Part:
         if self._part is not None:
             raise RuntimeError(f"{self.name} {self.index} keeps two parts; keep one that holds both.")
@@ -362,6 +365,7 @@ class Inline:
         self.meter = Meter()
         self._roles: list[InlineRole] = []
         self._words: dict[str, Any] = {}
+        self.underway = False  # whether a round ended with a role within a unit
 
     def measured(self) -> dict[str, Any]:
         """What happened so far (`Meter.measured`)."""
@@ -392,7 +396,8 @@ class Inline:
         try:
             while True:
                 over = self._round(roles)
-                if any(role.within for role in roles) and not over:
+                self.underway = any(role.within for role in roles) and not over
+                if self.underway:
                     continue
                 began = time.perf_counter()
                 stop = between(self.steps, lambda: self._state(roles, words))

@@ -140,10 +140,10 @@ class LocalWeights(InlineWeights):
     the publisher still does.
     """
 
-    starts = ("newer_than", "latest")
-
     def __init__(self, runtime: Lender, name: str, once: bool = False) -> None:
         super().__init__(runtime.meter.word(name, "weights"), once)
+        # Whoever takes what there is, is at work already; but of memory that stays, that is where the work stops.
+        self.starts = ("newer_than", "latest") if once else ("newer_than",)
         self.runtime, self.name = runtime, name
         self._boxes: list[Box] = []
         self._readings: dict[int, Reading] = {}  # by the member

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+import types
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -186,7 +187,11 @@ class LinkedAnswer:
         self.link, self.name, self.number = link, name, number
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        return self.link.ask(self.name, "answer", self.number).__await__()
+        return (yield from self._wait())
+
+    @types.coroutine
+    def _wait(self) -> Generator[Any, Any, Any]:
+        return (yield from self.link.ask(self.name, "answer", self.number))
 
 
 class LinkedCalls:
@@ -232,6 +237,9 @@ class LinkedRole:
         self.link.send("within", True)
         yield
         self.link.send("within", False)
+
+    async def boundary(self) -> None:
+        """Nothing to wait for: a process stops at a question."""
 
     def keep(self, part: Part) -> Part:
         if self.link.part is not None:

@@ -114,6 +114,9 @@ class Role(Protocol):
     def unit(self) -> AbstractContextManager[None]:
         """While a role is within, the run's state is not taken: what is done there is done whole."""
 
+    async def boundary(self) -> None:
+        """Before a unit that gives others their turns: let the run's state be taken, which waits for units to end."""
+
     def keep(self, part: Part) -> Part:
         """Put `part`'s state into checkpoints, and bring it to the saved state when the run is resumed."""
 

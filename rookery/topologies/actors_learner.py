@@ -12,22 +12,23 @@ from __future__ import annotations
 
 import math
 
-from rookery.actor import Collector, joined
+from rookery.actor import joined
 from rookery.algorithms.base import Algorithm
 from rookery.evaluator import Evaluator
 from rookery.learner import Learner
-from rookery.runtimes.words import Graph, Queue, Role, Weights
-from rookery.topologies import replicas
+from rookery.runtimes.words import Calls, Graph, Queue, Role, Weights
+from rookery.topologies import replicas, shared_policy
 from rookery.topologies.setting import Setting, crosses
 
 __all__ = ["actor", "check", "evaluator", "learner", "wire"]
 
 
-async def actor(role: Role, setting: Setting, weights: Weights, unrolls: Queue) -> None:
+async def actor(
+    role: Role, setting: Setting, weights: Weights, unrolls: Queue, calls: Calls | None = None, groups: int = 1
+) -> None:
     """Collect with the newest weights only, or with those there are."""
-    algorithm, env = setting.algorithm, setting.make_env(setting.lanes, role.seed)
-    net, plan = setting.make_net(), setting.unroll_plan
-    collector = role.keep(Collector(algorithm, net, env, plan.unroll, role.seed, **setting.means))
+    plan = setting.unroll_plan
+    collector = await shared_policy.acting(role, setting, plan.unroll, calls, groups)
     version = 0
     try:
         while True:
@@ -35,12 +36,12 @@ async def actor(role: Role, setting: Setting, weights: Weights, unrolls: Queue) 
             version, values, steps = await (weights.latest() if plan.stale else weights.newer_than(version))
             if version != collector.version:
                 collector.load(version, values)
-            valid = collector.fill(slot)
+            valid = await collector.filled(slot)
             unrolls.put(slot)
             if crosses(collector.steps - valid, collector.steps, setting.log_every) and collector.returns:
                 role.report(steps + valid * (not plan.stale), collector.episodes())
     finally:
-        env.close()
+        collector.close()
 
 
 async def learner(role: Role, setting: Setting, count: int, weights: Weights, unrolls: Queue) -> None:
@@ -52,7 +53,7 @@ async def learner(role: Role, setting: Setting, count: int, weights: Weights, un
     while learner.steps < setting.total_steps:
         slots = await unrolls.get(count)
         before = learner.steps
-        batch = joined(slots)
+        batch = joined(slots, learner.device)
         learner.update(batch, before + int(batch["valid"][:-1].sum()))
         if crosses(before, learner.steps, setting.log_every):
             lags = [learner.version - 1 - int(slot.version) for slot in slots]
@@ -80,13 +81,21 @@ async def evaluator(role: Role, setting: Setting, weights: Weights) -> None:
         env.close()
 
 
-def check(algorithm: Algorithm, lanes: int, actors: int, learners: int) -> None:
-    """Refuse numbers of roles that the algorithm's data cannot be shared out among."""
+def check(algorithm: Algorithm, lanes: int, actors: int, learners: int, inference: str, double_buffer: bool) -> None:
+    """Refuse numbers of roles that the algorithm's data cannot be shared out among, and lanes that need no halves."""
+    shared_policy.check(lanes, inference, double_buffer)
     if learners > 1:
         replicas.check(algorithm, lanes, actors, learners)
 
 
-def wire(setting: Setting, seed: int, actors: int = 1, learners: int = 1) -> Graph:
+def wire(
+    setting: Setting,
+    seed: int,
+    actors: int = 1,
+    learners: int = 1,
+    inference: str = "own",
+    double_buffer: bool = False,
+) -> Graph:
     """The whole topology; several learners are replicas of one, each with its share of the actors."""
     graph = Graph(seed)
     weights = graph.word("weights", "weights")
@@ -96,8 +105,9 @@ def wire(setting: Setting, seed: int, actors: int = 1, learners: int = 1) -> Gra
     each = 1 + math.ceil(count / actors) if plan.stale else 1
     names = ["unrolls"] if learners == 1 else [f"unrolls_{index}" for index in range(learners)]
     queues = [graph.word("queue", name, each=each) for name in names]
+    policy = shared_policy.wire(graph, setting, actors, weights, inference, double_buffer)
     for index in range(actors):
-        graph.role(actor, index, setting=setting, weights=weights, unrolls=queues[index % learners])
+        graph.role(actor, index, setting=setting, weights=weights, unrolls=queues[index % learners], **policy)
     if learners == 1:
         graph.role(learner, setting=setting, count=count, weights=weights, unrolls=queues[0], ends_run=True)
     else:

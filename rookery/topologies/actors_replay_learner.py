@@ -15,14 +15,15 @@ from dataclasses import dataclass
 
 import torch
 
-from rookery.actor import Collector
+from rookery.algorithms.base import Algorithm
 from rookery.data.replay import ReplayBuffer
 from rookery.learner import Learner
-from rookery.runtimes.words import Graph, Replay, Role, Weights
+from rookery.runtimes.words import Calls, Graph, Replay, Role, Weights
+from rookery.topologies import shared_policy
 from rookery.topologies.actors_learner import evaluator
 from rookery.topologies.setting import Setting, crosses
 
-__all__ = ["MakeStore", "actor", "learner", "wire"]
+__all__ = ["MakeStore", "actor", "check", "learner", "wire"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,19 @@ class MakeStore:
         )
 
 
-async def actor(role: Role, setting: Setting, actors: int, weights: Weights, replay: Replay) -> None:
+async def actor(
+    role: Role,
+    setting: Setting,
+    actors: int,
+    weights: Weights,
+    replay: Replay,
+    calls: Calls | None = None,
+    groups: int = 1,
+) -> None:
     """Act with the newest weights there are, and store it."""
-    algorithm, env, plan = setting.algorithm, setting.make_env(setting.lanes, role.seed), setting.replay_plan
-    net, rows = setting.make_net(), plan.rows(setting.lanes)
-    collector = role.keep(Collector(algorithm, net, env, rows, role.seed, **setting.means))
-    lanes = torch.arange(setting.lanes, device=env.device) + role.index * setting.lanes
+    algorithm, rows = setting.algorithm, setting.replay_plan.rows(setting.lanes)
+    collector = await shared_policy.acting(role, setting, rows, calls, groups)
+    lanes = torch.arange(setting.lanes, device=collector.device) + role.index * setting.lanes
     place = lanes / max(1, actors * setting.lanes - 1)
     try:
         while True:
@@ -61,13 +69,13 @@ async def actor(role: Role, setting: Setting, actors: int, weights: Weights, rep
             if version != collector.version:
                 collector.load(version, values)
             before = replay.inserts
-            steps = before + collector.fill(slot, algorithm.exploration(before, place))
+            steps = before + await collector.filled(slot, algorithm.exploration(before, place))
             replay.insert(slot, steps - before, role.index)
             role.advance(steps)
             if crosses(before, steps, setting.log_every) and collector.returns:
                 role.report(steps, collector.episodes())
     finally:
-        env.close()
+        collector.close()
 
 
 async def learner(role: Role, setting: Setting, weights: Weights, replay: Replay) -> None:
@@ -88,7 +96,12 @@ async def learner(role: Role, setting: Setting, weights: Weights, replay: Replay
             role.report(steps, learner.metrics())
 
 
-def wire(setting: Setting, seed: int, actors: int = 1) -> Graph:
+def check(algorithm: Algorithm, lanes: int, actors: int, inference: str, double_buffer: bool) -> None:
+    """Refuse lanes that cannot be halved, or need not be."""
+    shared_policy.check(lanes, inference, double_buffer)
+
+
+def wire(setting: Setting, seed: int, actors: int = 1, inference: str = "own", double_buffer: bool = False) -> Graph:
     """The whole topology."""
     graph, plan, lanes = Graph(seed), setting.replay_plan, setting.lanes
     weights = graph.word("weights", "weights")
@@ -103,8 +116,9 @@ def wire(setting: Setting, seed: int, actors: int = 1) -> Graph:
         save=setting.replay.save,
         overlap=plan.ahead > 0,
     )
+    policy = shared_policy.wire(graph, setting, actors, weights, inference, double_buffer)
     for index in range(actors):
-        graph.role(actor, index, setting=setting, actors=actors, weights=weights, replay=replay)
+        graph.role(actor, index, setting=setting, actors=actors, weights=weights, replay=replay, **policy)
     graph.role(learner, setting=setting, weights=weights, replay=replay, ends_run=True)
     if setting.eval_every:
         graph.role(evaluator, setting=setting, weights=weights)

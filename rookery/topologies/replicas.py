@@ -39,7 +39,7 @@ async def replica(
     while True:
         slots = await unrolls.get(count)
         with role.unit():
-            batch = joined(slots)
+            batch = joined(slots, learner.device)
             valid = batch["valid"][:-1].sum()
             seen = moments(learner, batch)
             for gradient in learner.gradients(batch, steps):

@@ -34,8 +34,8 @@ class Setting:
     """What every role of a run is built from."""
 
     algorithm: Algorithm
-    make_env: Callable[[int, int], VectorEnv]  # from the number of lanes and a seed
-    make_net: Callable[[], PolicyNet]  # always with the same weights
+    make_env: Callable[..., VectorEnv]  # from the number of lanes and a seed; `device` puts it elsewhere
+    make_net: Callable[..., PolicyNet]  # always with the same weights
     lanes: int  # an actor's
     total_steps: int
     log_every: int  # steps
@@ -45,6 +45,7 @@ class Setting:
     graphs: bool = False
     bf16: bool = False
     replay: ReplaySetting = field(default_factory=ReplaySetting)
+    actors_on: dict[str, str] = field(default_factory=dict)  # the `device` of actors, if they are not on the learner's
 
     @property
     def unroll_plan(self) -> OnPolicy:
@@ -57,6 +58,14 @@ class Setting:
         """What the algorithm asks of replay."""
         assert isinstance(self.algorithm.plan, ReplayPlan)  # for the type checker: others have no replay
         return self.algorithm.plan
+
+    def actor_env(self, lanes: int, seed: int) -> VectorEnv:
+        """An actor's lanes."""
+        return self.make_env(lanes, seed, **self.actors_on)
+
+    def actor_net(self) -> PolicyNet:
+        """An actor's network."""
+        return self.make_net(**self.actors_on)
 
     @property
     def means(self) -> dict[str, bool]:

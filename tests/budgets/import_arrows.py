@@ -35,7 +35,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "systems": ("topologies", "algorithms", "data", "recipes"),
     "settings": ("systems", *FOUNDATION),
     "run": ("settings", "systems", "evaluator", *FOUNDATION, "runs"),
-    "train": ("run", "settings", "systems", "topologies", *COMMON_USE, *FOUNDATION, "runs", "runtimes"),
+    "trial": ("run", "settings", "systems", "topologies", *FOUNDATION, "runs", "runtimes"),
+    "layouts": ("trial", "run", "settings", "systems", "topologies", *FOUNDATION, "runs", "runtimes"),
+    "train": ("layouts", "run", "settings", "systems", "topologies", *COMMON_USE, *FOUNDATION, "runs", "runtimes"),
     "rerun": ("train", "run", "settings", "systems", *FOUNDATION, "runs", "runtimes"),
     "cli": (
         "train",

@@ -300,6 +300,17 @@ def test_ppo_outlives_its_processes(deaths: Any, tmp_path: Path) -> None:
     assert text.count('"restarted"') == 8
 
 
+def test_actors_and_who_acts_for_them_may_die(deaths: Any, tmp_path: Path) -> None:
+    killer = Killer(3, ["inference 0", "actor 0", "inference 0", "actor 1", "learner 0", "inference 0"], gap=200)
+    deaths(killer)
+    settings = {**SETTINGS, "inference": "shared", "double_buffer": True, "unroll": 8, "steps": 4_000}
+    found = rookery.train("impala", "CartPole-v1", run_dir=tmp_path / "run", eval_every=500, **settings)
+    killer.check()
+    assert found.summary["steps"] >= 4_000
+    assert found.summary["restarts"] == {"actor 0": 1, "actor 1": 1, "inference 0": 3, "learner 0": 1}
+    assert found.summary["dropped"].keys() <= {"died"}
+
+
 def test_dqn_keeps_its_ratio(deaths: Any, tmp_path: Path) -> None:
     killer = Killer(1, ROLES * 2, gap=150)
     deaths(killer)

@@ -45,6 +45,8 @@ FEATURES: list[dict[str, Any]] = [
     {"name": "replay in files", "env": EITHER, "replay_memory": "disk"},
     {"name": "bf16", "env": EITHER, "precision": "bf16"},
     {"name": "several actors", "env": EITHER, "actors": 2},
+    {"name": "shared inference", "env": EITHER, "actors": 2, "inference": "shared"},
+    {"name": "double-buffered", "env": EITHER, "inference": "shared", "double_buffer": True},
     {"name": "several learners", "env": EITHER, "learners": 2, "actors": 2},
     {"name": "local runtime", "env": EITHER, "runtime": "local"},
     {"name": "local, dict observation", "env": ("tensor:ProbeDict-v0", "tensor:ProbeDictBox-v0"), "runtime": "local"},

@@ -23,8 +23,8 @@ from rookery.train import Keeper
 SYSTEMS: dict[str, dict[str, Any]] = {
     "ppo": {"actors": 2, "memory": "lstm"},
     "impala": {"actors": 3, "unrolls": 2},
-    "appo": {"actors": 2, "learners": 2},
-    "apex": {"actors": 2},
+    "appo": {"actors": 2, "learners": 2, "inference": "shared"},
+    "apex": {"actors": 2, "inference": "shared", "double_buffer": True},
     "gorila": {"actors": 2, "shards": 2},
     "sac": {},
 }

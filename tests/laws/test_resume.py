@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prioritised": {**HOME, "alpha": 0.6, "n_step": 3, "unroll": 0},
     "replicas": {**HOME, "actors": 2, "learners": 2},
     "sharded": {**HOME, "actors": 3, "shards": 2, "max_delay": 1, "outliers": 1.0},
+    "asking": {**HOME, "actors": 2, "inference": "shared", "double_buffer": True},
     "transformed": {**HOME, "actors": 2, "frame_stack": 3, "clip_reward": True},
 }
 LONG = 1_920  # steps of the runs that are interrupted from outside
