@@ -87,7 +87,7 @@ def solved(run: Run, threshold: float) -> tuple[int, float] | None:
     first = next((row["step"] for row in scored if row["eval_return_mean"] >= threshold), None)
     if first is None:
         return None
-    seconds = [row["seconds"] for row in rows if row.get("role") == "learner" and row["step"] <= first]
+    seconds = [row["seconds"] for row in rows if "seconds" in row and row["step"] <= first]
     return first, seconds[-1] if seconds else 0.0
 
 

@@ -60,6 +60,13 @@ GORILA = {"adagrad": True, "lr": 0.03, "max_delay": 100, "outliers": 30.0}
 APPO = {"vtrace": True, "epochs": 1}
 # Mnih et al. 2016, whose t_max, γ, β and α of RMSProp are A2C's defaults; they had 16 workers, of one lane each.
 A3C = {"learners": 4}
+# Stooke and Abbeel 2018: asynchronous learners of many lanes each; PPO's minibatches are 512 steps.
+ASYNC_A2C = {"learners": 2, "envs": 32, "value_coef": 0.25}
+ASYNC_PPO = {"learners": 2, "envs": 32, "unroll": 64, "minibatches": 4, "lr": 1e-3, "value_coef": 1.0}
+# The same: a row is sampled 8 times however large the batch is, and targets are copied every 10,000 steps.
+DQN_512 = {"batch": 512, "updates_per_step": 8 / 512, "envs": 32, "unroll": 4, "lr": 2.5e-4, "target_period": 156}
+C51_2048 = {"batch": 2048, "updates_per_step": 8 / 2048, "envs": 64, "unroll": 4, "target_period": 39}
+C51_2048 |= {"adam_eps": 0.01 / 2048}
 
 TABLE = (
     System("ppo", "ppo:PPO", "clipped surrogate, several epochs an unroll", topology="actors_learner"),
@@ -67,8 +74,12 @@ TABLE = (
     System("impala", "impala:IMPALA", "actors that never wait, corrected by V-trace", topology="actors_learner"),
     System("appo", "ppo:PPO", "PPO whose actors never wait, corrected by V-trace", APPO, "actors_learner"),
     System("a3c", "a2c:A2C", "workers that act, and step shared weights without locks", A3C, "hogwild"),
+    System("async_a2c", "a2c:A2C", "A3C with many lanes a worker", ASYNC_A2C, "hogwild"),
+    System("async_ppo", "ppo:PPO", "PPO's workers step shared weights without locks", ASYNC_PPO, "hogwild"),
     System("dqn", "dqn:DQN", "Q-learning from replay, with later papers' parts as settings"),
     System("c51", "c51:C51", "the distribution of returns on fixed atoms"),
+    System("dqn_512", "dqn:DQN", "DQN with few updates from large batches", DQN_512),
+    System("c51_2048", "c51:C51", "C51 with few updates from large batches", C51_2048),
     System("qr_dqn", "qr_dqn:QRDQN", "the distribution of returns by fixed quantiles"),
     System("iqn", "iqn:IQN", "the distribution of returns by sampled quantiles"),
     System("rainbow", "c51:C51", "C51, double, dueling, noisy, prioritised, three-step", RAINBOW),

@@ -152,3 +152,10 @@ def test_shared_inference(tmp_path: Path) -> None:
     for case in result["cases"].values():
         assert list(case) == ["own", "shared", "shared, double buffer"]
         assert all(run["steps_per_second"] > 0 for runs in case.values() for run in runs)
+
+
+@pytest.mark.slow
+def test_apex_exploration(tmp_path: Path) -> None:
+    result, text = bench("apex_exploration", tmp_path, "--cores", CORE)
+    check_machine(result, text)
+    assert [run["updates"] for run in result["results"]["16 actors, ladder"]] == [pytest.approx(100, rel=0.15)]

@@ -1,7 +1,8 @@
 """One policy for all actors: they ask what to do, it answers for as many as have asked.
 
     actor:     show on a desk what the lanes see; ask; step the lanes by what lies there then; ask ...
-    inference: wait for questions; take the newest weights; act for all who asked at once; answer ...
+    inference: wait for questions; take the newest weights, if who asks knows of newer ones; act for all who asked at
+               once; answer ...
 
 With two desks an actor steps half of its lanes while actions are chosen for the other half: the alternating groups of
 Stooke and Abbeel 2018 (arXiv 1803.02811). What is learnt from is the same as if each actor chose for itself, but for
@@ -36,12 +37,13 @@ async def inference(role: Role, setting: Setting, most: int, weights: Weights, c
     policy = role.keep(Policy(setting))
     while True:
         asked = await calls.requests(most)
-        version, values, _ = await weights.latest()
-        if version != policy.version:
+        desks = [desk for desk, _ in asked]
+        if policy.outdated(desks):
+            version, values, _ = await weights.latest()
             policy.load(version, values)
-        policy.act([desk for desk, _ in asked])
+        policy.act(desks)
         for _, answer in asked:
-            answer(version)
+            answer(policy.version)
 
 
 def check(lanes: int, inference: str, double_buffer: bool) -> None:
@@ -87,6 +89,7 @@ class Desk:
 
     def __init__(self, seen: dict[str, Any], told: dict[str, Any]) -> None:
         self.seen, self.told = copied(seen), copied(told)
+        self.newest = torch.zeros((), dtype=torch.int64)  # version of the weights that the actor knows of
 
     @property
     def lanes(self) -> int:
@@ -104,6 +107,13 @@ class Policy:
         self.device, self.bf16 = next(self.net.parameters()).device, setting.bf16
         self._flat, self.version = flat(self.algorithm, self.net), -1
         self.steps, self.seconds = 0, {"inference": 0.0}
+        self._newest: dict[int, int] = {}  # that each desk knew of when it last asked
+
+    def outdated(self, desks: list[Desk]) -> bool:
+        """Whether any of them has heard of other weights since it last asked."""
+        newest = {id(desk): int(desk.newest) for desk in desks}
+        before, self._newest = self._newest, self._newest | newest
+        return newest.items() - before.items() != set()
 
     def load(self, version: int, values: dict[str, Tensor]) -> None:
         """Act with these weights from now on."""
@@ -154,8 +164,9 @@ class Group(Collector):
     def _seen(self, noise: Tensor) -> dict[str, Any]:
         return {"obs": self._obs, "state": self._state, "noise": noise, "scale": self._scale}
 
-    def begin(self, unroll: Unroll, scale: Tensor | float) -> None:
-        """Start on an unroll."""
+    def begin(self, unroll: Unroll, scale: Tensor | float, newest: int) -> None:
+        """Start on an unroll, when weights of that version are there."""
+        self.desk.newest.fill_(newest)
         self._noise, self._ahead = self._begin(unroll, scale)
         self._into, self._columns = unroll, defaultdict[str, list[Obs]](list)
         self.version = sys.maxsize
@@ -217,7 +228,7 @@ class Asking:
 
     async def _filled(self, unroll: Unroll, scale: Tensor | float) -> int:
         for group, lanes in zip(self.groups, self._lanes, strict=True):
-            group.begin(unroll.part(lanes), scale[lanes] if isinstance(scale, Tensor) else scale)
+            group.begin(unroll.part(lanes), scale[lanes] if isinstance(scale, Tensor) else scale, self.version)
             group.ask(0)
         rows = self.groups[0].T
         asked = rows + unroll.records  # the row after the last is for the record alone

@@ -148,8 +148,10 @@ def interrupt(system: str, path: Path, number: signal.Signals, ready: Callable[[
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_signalled_at_a_random_moment(system: str, number: signal.Signals, whole: Any, tmp_path: Path) -> None:
     expected = whole(system, steps=LONG)
-    midway = []
-    for attempt in range(3):
+    midway: list[bool] = []
+    for attempt in range(9):
+        if attempt >= 3 and any(midway):
+            break
         path = tmp_path / str(attempt)
         code, reached = interrupt(system, path, number, lambda path=path: any(path.glob("checkpoints/0*/state.json")))
         assert code in (0, -number)

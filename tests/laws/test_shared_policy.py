@@ -199,6 +199,17 @@ def test_an_unroll_is_as_old_as_the_oldest_weights_in_it() -> None:
         assert int(unroll.version) == before < calls.version - 6
 
 
+def test_weights_are_fetched_when_an_asker_knows_of_others() -> None:
+    together, calls = asking(setting_of(IMPALA(hidden=(8,)), "tensor:CartPole-v1", 4), 2)
+    desks = [group.desk for group in together.groups]
+    found = []
+    for version in (3, 3, 5, 2):  # a learner that begins anew falls back
+        together.load(version, {})
+        result(together.filled(together.slot()))
+        found += [calls.policy.outdated(desks), calls.policy.outdated(desks)]
+    assert found == [True, False, False, False, True, False, True, False]
+
+
 def test_exploration_is_each_lanes_own() -> None:
     together, _ = asking(setting_of(DQN(hidden=(8,)), "tensor:CartPole-v1", 4), 2, rows=40)
     unroll = together.slot()

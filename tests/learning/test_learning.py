@@ -22,6 +22,8 @@ PROBES: dict[str, dict[str, Any]] = {
     "ppo": {**QUICK, "steps": 6_000, "unroll": 16, "minibatches": 2},
     "a2c": {**QUICK, "steps": 8_000, "unroll": 4},
     "a3c": {**QUICK, "steps": 8_000, "unroll": 4, "envs": 8, "learners": 2},
+    "async_a2c": {**QUICK, "steps": 8_000, "unroll": 4, "envs": 8},
+    "async_ppo": {**QUICK, "steps": 6_000, "unroll": 16, "envs": 8, "minibatches": 2},
     "impala": {**QUICK, "steps": 8_000, "unroll": 4, "actors": 1},
     "appo": {**QUICK, "steps": 6_000, "unroll": 16, "minibatches": 2, "epochs": 4, "actors": 1},
 }
@@ -34,22 +36,28 @@ OWN |= {
     "apex": {**TARGET, "batch": 64, "ladder": 1.0},
     "apex_dpg": {"target_period": 20},
     "dqn": TARGET,
+    "dqn_512": TARGET,
+    "c51_2048": {**TARGET, **ATOMS},
     "gorila": {**TARGET, "adagrad": False},
     "iqn": TARGET,
     "qr_dqn": {**TARGET, "quantiles": 16},
 }
 OWN |= {"mpo": {"target_period": 20, "updates_per_step": 1.0}}  # a small move of the policy each target period
 PROBES |= {name: {**REPLAY, **OWN.get(name, {})} for name in SYSTEMS if name not in PROBES}
-PROBES_OF_BOXES = {**PROBES, **{name: {**PROBES[name], "steps": 40_000} for name in ("a2c", "a3c", "impala")}}
-DISCRETE = ("ppo", "a2c", "a3c", "impala", "appo", "dqn", "apex", "gorila", "c51", "qr_dqn", "iqn", "rainbow", "sac")
-CONTINUOUS = ("ppo", "a2c", "a3c", "impala", "appo", "ddpg", "apex_dpg", "td3", "sac", "d4pg", "mpo")
+PROBES_OF_BOXES = {
+    **PROBES,
+    **{name: {**PROBES[name], "steps": 40_000} for name in ("a2c", "a3c", "async_a2c", "impala")},
+}
+ON_POLICY = ("ppo", "a2c", "a3c", "async_a2c", "async_ppo", "impala", "appo")
+DISCRETE = (*ON_POLICY, "dqn", "dqn_512", "apex", "gorila", "c51", "c51_2048", "qr_dqn", "iqn", "rainbow", "sac")
+CONTINUOUS = (*ON_POLICY, "ddpg", "apex_dpg", "td3", "sac", "d4pg", "mpo")
 
 # The recall of one bit, 9 steps later; a policy without memory can only guess, for a return of 0.
 RECALL = {"envs": 64, "unroll": 20, "lr": 3e-3, "memory_size": 32, "steps": 40_000, "eval_every": 40_000}
 RECALL |= {"entropy_coef": 0.02, "normalize_reward": True}
 
 
-@pytest.mark.parametrize("system", ["ppo", "a2c", "a3c", "impala", "appo"])
+@pytest.mark.parametrize("system", ON_POLICY)
 @pytest.mark.parametrize(
     ("env", "values"),
     [
