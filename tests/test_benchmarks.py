@@ -159,3 +159,11 @@ def test_apex_exploration(tmp_path: Path) -> None:
     result, text = bench("apex_exploration", tmp_path, "--cores", CORE)
     check_machine(result, text)
     assert [run["updates"] for run in result["results"]["16 actors, ladder"]] == [pytest.approx(100, rel=0.15)]
+
+
+@pytest.mark.slow
+def test_impala_throughput(tmp_path: Path) -> None:
+    result, text = bench("impala_throughput", tmp_path, "--cores", CORE)
+    check_machine(result, text)
+    for runs in result["results"].values():
+        assert all(run["steps_per_second"] > 0 and 0 < run["learner_busy"] <= 1 for run in runs)

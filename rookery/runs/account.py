@@ -24,7 +24,7 @@ BOXES = 4  # roles of a kind that are shown one by one
 
 # What a limit is called, where it has another name than its cause.
 LIMITS = {"environment and inference": "environment", "learning": "learner"}
-LIMITS |= dict.fromkeys(("turns", "evaluation", KEEPER), "waiting")
+LIMITS |= dict.fromkeys(("turns", "questions", "evaluation", KEEPER), "waiting")
 # By limit: what helps on the cores that there are, and what needs more of them.
 ADVICE = {
     "environment": ("step more lanes at once (--envs)", "add actors (--runtime local --actors N)"),
@@ -45,6 +45,11 @@ ADVICE = {
         "do more between two waits (--envs), or take a system whose actors do not wait for the newest weights (impala, "
         "appo)",
         "add actors (--actors N)",
+    ),
+    "questions": (
+        "let half of the lanes step while actions are chosen for the others (--double-buffer), ask for more lanes at a "
+        "time (--envs), or let actors choose for themselves (--inference own)",
+        "",
     ),
     "evaluation": ("evaluate less often (--eval-every) or on fewer episodes (--eval-episodes)", ""),
     KEEPER: ("save less often (--eval-every), or leave replay out (--no-save-replay)", ""),
@@ -235,8 +240,10 @@ def _side_by_side(roles: Mapping[str, Any], kinds: Mapping[str, str]) -> tuple[s
         if roles.get(EVALUATOR, {"busy": 0.0})["busy"] > BUSY:
             playing = roles[EVALUATOR]["busy"]
             return "evaluation", f"checkpoints wait for the evaluator, which is busy {playing:.0%} ({busy})", EVALUATOR
-        turns = any(kinds[word] == "weights" for word in map(_most_waited_for, players.values()) if word)
-        return "turns" if turns else "waiting", f"nobody is busy ({busy}): {_waits(players)}", ""
+        waits = {kind: kinds.get(_most_waited_for(role)) for kind, role in players.items()}
+        asks = waits.get("actor") == "calls"
+        cause = "questions" if asks else "turns" if "weights" in waits.values() else "waiting"
+        return cause, f"nobody is busy ({busy}): {_waits(players)}", ""
     role, work = players[most], _work(players[most])
     cause = max(work, key=lambda activity: work[activity])
     figures = ", ".join(

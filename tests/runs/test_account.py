@@ -29,6 +29,7 @@ def measured(roles: dict[str, Any], seconds: float = 10.0, processes: int = 4, *
             "queue", {"actor 0": 40}, {"learner 0": 30}, looks=4, filled=3.0, given_bytes=2e3, taken_bytes=2e3
         ),
         "weights": word("weights", {"learner 0": 30}, {"actor 0": 20}, given_bytes=100.0, taken_bytes=100.0),
+        "questions": word("calls", {}, {}),
         "replay": word("replay", {}, {}, level={"inserts": 50, "samples": 200, "fill": 0.25}),
     }
     own = {"seconds": seconds, "processes": processes, "cores": 8, "cpu": 0.1, "keeper": 1.0}
@@ -184,6 +185,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, str]] = {
         "waiting",
         "",
         "Nobody is busy (actor 45%, learner 50%)|impala",
+    ),
+    "they wait for what they asked": (
+        {
+            "actor 0": role(4.5, environment=4.0, wait_questions=5.5),
+            "inference 0": role(5.0, inference=4.0, wait_questions=5.0),
+            "learner 0": role(2.0, learning=2.0, wait_unrolls=8.0),
+        },
+        {},
+        "waiting",
+        "",
+        "Nobody is busy (actor 45%, inference 50%, learner 20%)|--double-buffer|--inference own",
     ),
     "messages are slow": (
         {
