@@ -188,6 +188,9 @@ class Collector:
         }
         return row, bool(acted.record)
 
+    async def ready(self) -> None:
+        """Nothing to wait for: an unroll is filled within a turn."""
+
     async def filled(self, unroll: Unroll, scale: Tensor | float = 1.0) -> int:
         """`fill`, for whom it is all the same whether these lanes' actions are chosen here."""
         return self.fill(unroll, scale)

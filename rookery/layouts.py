@@ -61,7 +61,7 @@ def fastest(
     counts, best = shares(system, algorithm, options) if splits else [options.actors], options
     for vary in (_places, _inferences, _threads):
         for each in vary(best, counts):
-            if each not in trials and _fits(system, algorithm, each):
+            if each not in trials and (splits or not each.double_buffer) and _fits(system, algorithm, each):
                 show([*trials.values(), Trial(each)], None)
                 trials[each] = attempt(system, each, make_setting)
         enough = NEAR * max(trial.steps_per_second for trial in trials.values())

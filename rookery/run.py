@@ -265,11 +265,24 @@ def build(
             f"steps, or learning_starts={max(1, options.steps // 10)}."
         )
     layout(system_of(name, algorithm), algorithm, options)
+    if isinstance(env, VectorEnv):
+        _check_object(env, options)
     if not isinstance(plan, ReplayPlan) and options.replay_memory != "device":
         raise Refused(f"replay_memory={options.replay_memory!r}: {name} learns from no replay; leave it out.")
     make_net = MakeNet(algorithm, spec, network, options.seed, options.device)
     make_net()  # what does not fit says so here
     return Run(RunFolder(Path()), algorithm, MakeEnv(env, options), make_net), options
+
+
+def _check_object(env: VectorEnv, options: Options) -> None:
+    """Refuse what an environment that was handed in cannot follow: it has its lanes, where they are."""
+    if options.double_buffer:
+        raise Refused("double_buffer=True halves an actor's lanes; those of an environment object stay as they are.")
+    if env.device.type != "cpu" and (options.runtime == "local" or options.inference == "shared"):
+        raise Refused(
+            f"an environment object on {env.device} cannot be stepped by actors on the CPU, where those of "
+            f"runtime={options.runtime!r} with inference={options.inference!r} are; make it with device='cpu'."
+        )
 
 
 def layout(system: System, algorithm: Algorithm, options: Options) -> dict[str, Any]:

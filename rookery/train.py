@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rookery.algorithms.base import Algorithm, Network
+from rookery.envs.make import pick
 from rookery.envs.vector import VectorEnv
 from rookery.layouts import check_script, fastest, rows, shown
 from rookery.run import Run, build, layout, load, threads
@@ -72,6 +73,9 @@ def train(
     run, options = build(name, algorithm, env, options, network)
     if options.layout == "auto":
         check_script()
+        if isinstance(env, str):  # one backend for all, whichever suits the lanes as they were given
+            env = pick(env, options.envs, options.device, options.compile)
+            run, options = build(name, algorithm, env, options, network)
     run.folder = RunFolder.create(run_dir, name, env_name(env), options.seed)
     if options.layout == "auto":
         run, options = _laid_out(run, name, options, quiet)
@@ -148,6 +152,7 @@ def execute(
 
 def _setting(run: Run, options: Options) -> Setting:
     """What the run's roles are built from."""
+    apart = options.runtime == "local" or options.inference == "shared"  # actors are not where the learner is
     return Setting(
         run.algorithm,
         run._make_env,
@@ -167,7 +172,7 @@ def _setting(run: Run, options: Options) -> Setting:
             run._make_net.spec.stack,
             run._make_net.spec.goal_reward,
         ),
-        {"device": "cpu"} if options.runtime == "local" or options.inference == "shared" else {},
+        {"device": "cpu"} if options.device != "cpu" and apart else {},
     )
 
 

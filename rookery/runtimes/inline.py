@@ -315,7 +315,7 @@ class InlineRole:
         self.within = False
 
     async def boundary(self) -> None:
-        await until(lambda: not self._runtime.underway, "the end of units that others are within", "units")
+        await until(lambda: self.name not in self._runtime.within, "the end of units that its like are within", "units")
 
     def keep(self, part: Part) -> Part:
         if self._part is not None:
@@ -365,7 +365,7 @@ class Inline:
         self.meter = Meter()
         self._roles: list[InlineRole] = []
         self._words: dict[str, Any] = {}
-        self.underway = False  # whether a round ended with a role within a unit
+        self.within: set[str] = set()  # names of the roles that were within a unit when a round ended
 
     def measured(self) -> dict[str, Any]:
         """What happened so far (`Meter.measured`)."""
@@ -396,8 +396,8 @@ class Inline:
         try:
             while True:
                 over = self._round(roles)
-                self.underway = any(role.within for role in roles) and not over
-                if self.underway:
+                self.within = {role.name for role in roles if role.within}
+                if self.within and not over:
                     continue
                 began = time.perf_counter()
                 stop = between(self.steps, lambda: self._state(roles, words))

@@ -301,16 +301,18 @@ class LocalCalls(InlineCalls):
     def __init__(self, runtime: Lender, name: str) -> None:
         super().__init__(runtime.meter.word(name, "calls"))
         self.runtime = runtime
+        self._boxes: dict[int, Box] = {}
         self._asked: dict[int, tuple[Member, Answer]] = {}  # by the number of the slot
         self._open: dict[int, tuple[Member, Answer]] = {}  # who works on which request
         self._taken = 0
 
     async def ask_slot(self, member: Member, index: int) -> int:
-        return self.runtime.lend(member, await self.slot(self.runtime.box, index))
+        box = await self.slot(self.runtime.box, index)
+        self._boxes[box.number] = box
+        return self.runtime.lend(member, box)
 
     def tell_ask(self, member: Member, number: int) -> None:
-        box = next(box for box in self._slots.values() if box.number == number)
-        self._asked[number] = member, self.ask(box)
+        self._asked[number] = member, self.ask(self._boxes[number])
 
     async def ask_answer(self, member: Member, number: int) -> Any:
         return await self._asked[number][1]

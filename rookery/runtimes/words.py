@@ -115,7 +115,10 @@ class Role(Protocol):
         """While a role is within, the run's state is not taken: what is done there is done whole."""
 
     async def boundary(self) -> None:
-        """Before a unit that gives others their turns: let the run's state be taken, which waits for units to end."""
+        """Before work that has a unit in which others have turns: wait until the roles of this name are in none.
+
+        So the run's state can be taken, however many there are and whenever they began.
+        """
 
     def keep(self, part: Part) -> Part:
         """Put `part`'s state into checkpoints, and bring it to the saved state when the run is resumed."""

@@ -32,9 +32,10 @@ async def actor(
     version = 0
     try:
         while True:
+            await collector.ready()
             slot = await unrolls.slot(collector.slot, role.index)
             version, values, steps = await (weights.latest() if plan.stale else weights.newer_than(version))
-            if version != collector.version:
+            if not plan.stale or version != collector.version:  # a learner that began anew comes to the same number
                 collector.load(version, values)
             valid = await collector.filled(slot)
             unrolls.put(slot)

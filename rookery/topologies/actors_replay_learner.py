@@ -64,6 +64,7 @@ async def actor(
     place = lanes / max(1, actors * setting.lanes - 1)
     try:
         while True:
+            await collector.ready()
             slot = await replay.slot(collector.slot, rows * setting.lanes, role.index)
             version, values, _ = await weights.latest()
             if version != collector.version:

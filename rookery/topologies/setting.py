@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from rookery.data.plan import OnPolicy, ReplayPlan
 
 if TYPE_CHECKING:
@@ -66,6 +68,14 @@ class Setting:
     def actor_net(self) -> PolicyNet:
         """An actor's network."""
         return self.make_net(**self.actors_on)
+
+    @property
+    def actor_means(self) -> dict[str, bool]:
+        """`means` of an actor, that on a CPU of its own has no CUDA graphs, and bfloat16 where that is fast."""
+        if not self.actors_on:
+            return self.means
+        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        return {"compile": self.compile, "graphs": False, "bf16": self.bf16 and fast}
 
     @property
     def means(self) -> dict[str, bool]:

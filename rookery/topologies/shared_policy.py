@@ -15,6 +15,7 @@ import sys
 import time
 import zlib
 from collections import Counter, defaultdict
+from contextlib import ExitStack
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -73,15 +74,19 @@ async def acting(role: Role, setting: Setting, rows: int, calls: Calls | None, g
     algorithm, lanes = setting.algorithm, setting.lanes // groups
     if calls is None:
         env = setting.actor_env(lanes, role.seed)
-        return role.keep(Collector(algorithm, setting.actor_net(), env, rows, role.seed, **setting.means))
+        return role.keep(Collector(algorithm, setting.actor_net(), env, rows, role.seed, **setting.actor_means))
     made = []
-    for place in range(groups):
-        seed = zlib.crc32(f"{role.seed}/{place}".encode()) >> 1 if place else role.seed
-        env = setting.actor_env(lanes, seed)
-        group = Group(algorithm, setting.actor_net(), env, rows, seed, bf16=setting.bf16)
-        await group.sit(calls, role.index * groups + place)
-        made.append(group)
-    return role.keep(Asking(role, made))
+    with ExitStack() as closing:
+        for place in range(groups):
+            seed = zlib.crc32(f"{role.seed}/{place}".encode()) >> 1 if place else role.seed
+            env = setting.actor_env(lanes, seed)
+            closing.callback(env.close)
+            group = Group(algorithm, setting.actor_net(), env, rows, seed, bf16=setting.actor_means["bf16"])
+            await group.sit(calls, role.index * groups + place)
+            made.append(group)
+        asking = role.keep(Asking(role, made))
+        closing.pop_all()  # it does so itself from now on
+    return asking
 
 
 class Desk:
@@ -89,7 +94,7 @@ class Desk:
 
     def __init__(self, seen: dict[str, Any], told: dict[str, Any]) -> None:
         self.seen, self.told = copied(seen), copied(told)
-        self.newest = torch.zeros((), dtype=torch.int64)  # version of the weights that the actor knows of
+        self.newest = torch.zeros(2, dtype=torch.int64)  # which weights the actor knows of: how many before; version
 
     @property
     def lanes(self) -> int:
@@ -107,13 +112,13 @@ class Policy:
         self.device, self.bf16 = next(self.net.parameters()).device, setting.bf16
         self._flat, self.version = flat(self.algorithm, self.net), -1
         self.steps, self.seconds = 0, {"inference": 0.0}
-        self._newest: dict[int, int] = {}  # that each desk knew of when it last asked
+        self._newest: dict[int, list[int]] = {}  # that each desk knew of when it last asked
 
     def outdated(self, desks: list[Desk]) -> bool:
         """Whether any of them has heard of other weights since it last asked."""
-        newest = {id(desk): int(desk.newest) for desk in desks}
+        newest = {id(desk): desk.newest.tolist() for desk in desks}
         before, self._newest = self._newest, self._newest | newest
-        return newest.items() - before.items() != set()
+        return any(before.get(desk) != known for desk, known in newest.items())
 
     def load(self, version: int, values: dict[str, Tensor]) -> None:
         """Act with these weights from now on."""
@@ -130,6 +135,7 @@ class Policy:
             told = self.algorithm.act(
                 self.net, seen["obs"], seen["state"], Explore(seen["noise"], seen["scale"])
             )._asdict()
+        told = told if self.device.type == "cpu" else copied(told)  # once, not for each desk
         ends = list(accumulate((desk.lanes for desk in desks), initial=0))
         for desk, (begin, end) in zip(desks, pairwise(ends), strict=True):
             pour(_rows(told, slice(begin, end)), desk.told)
@@ -164,9 +170,9 @@ class Group(Collector):
     def _seen(self, noise: Tensor) -> dict[str, Any]:
         return {"obs": self._obs, "state": self._state, "noise": noise, "scale": self._scale}
 
-    def begin(self, unroll: Unroll, scale: Tensor | float, newest: int) -> None:
-        """Start on an unroll, when weights of that version are there."""
-        self.desk.newest.fill_(newest)
+    def begin(self, unroll: Unroll, scale: Tensor | float, newest: tuple[int, int]) -> None:
+        """Start on an unroll, when those weights are there."""
+        self.desk.newest.copy_(torch.tensor(newest))
         self._noise, self._ahead = self._begin(unroll, scale)
         self._into, self._columns = unroll, defaultdict[str, list[Obs]](list)
         self.version = sys.maxsize
@@ -200,6 +206,7 @@ class Asking:
 
     def __init__(self, role: Role, groups: list[Group]) -> None:
         self.role, self.groups, self.version = role, groups, 0
+        self._loads = 0
         ends = accumulate((group.env.lanes for group in groups), initial=0)
         self._lanes = [slice(begin, end) for begin, end in pairwise(ends)]
 
@@ -209,8 +216,8 @@ class Asking:
         return self.groups[0].device
 
     def load(self, version: int, values: dict[str, Tensor]) -> None:
-        """Nothing: who chooses the actions has these weights."""
-        self.version = version
+        """Let who chooses the actions know that there are these weights."""
+        self._loads, self.version = self._loads + 1, version
 
     @torch.no_grad()
     def slot(self) -> Unroll:
@@ -220,15 +227,19 @@ class Asking:
         state = torch.cat([group.memory for group in self.groups])
         return new_unroll(self.groups[0].algorithm, (whole, records[0]), state, self.groups[0].T)
 
-    async def filled(self, unroll: Unroll, scale: Tensor | float = 1.0) -> int:
-        """`Collector.fill`; the run's state is taken before or after it."""
+    async def ready(self) -> None:
+        """Before slot and weights are asked for: the run's state is taken while actors wait here."""
         await self.role.boundary()
+
+    async def filled(self, unroll: Unroll, scale: Tensor | float = 1.0) -> int:
+        """`Collector.fill`."""
         with self.role.unit():
             return await self._filled(unroll, scale)
 
     async def _filled(self, unroll: Unroll, scale: Tensor | float) -> int:
         for group, lanes in zip(self.groups, self._lanes, strict=True):
-            group.begin(unroll.part(lanes), scale[lanes] if isinstance(scale, Tensor) else scale, self.version)
+            part = scale[lanes] if isinstance(scale, Tensor) else scale
+            group.begin(unroll.part(lanes), part, (self._loads, self.version))
             group.ask(0)
         rows = self.groups[0].T
         asked = rows + unroll.records  # the row after the last is for the record alone

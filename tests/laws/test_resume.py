@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "replicas": {**HOME, "actors": 2, "learners": 2},
     "sharded": {**HOME, "actors": 3, "shards": 2, "max_delay": 1, "outliers": 1.0},
     "asking": {**HOME, "actors": 2, "inference": "shared", "double_buffer": True},
+    "asking seldom": {**HOME, "actors": 2, "inference": "shared", "unrolls": 4},
     "transformed": {**HOME, "actors": 2, "frame_stack": 3, "clip_reward": True},
 }
 LONG = 1_920  # steps of the runs that are interrupted from outside

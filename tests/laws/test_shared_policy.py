@@ -29,6 +29,7 @@ BUFFERED = {**SHARED, "double_buffer": True}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "ppo": {"memory": "lstm"},
     "impala": {},
+    "appo": {},
     "dqn": {"alpha": 0.6, "n_step": 3},
     "apex": {},
     "sac": {},
@@ -46,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., rookery.R
     return lambda system, **more: run(system, **more)
 
 
-@pytest.mark.parametrize("system", sorted(set(SYSTEMS) - {"impala", "apex"}))
+@pytest.mark.parametrize("system", sorted(set(SYSTEMS) - {"impala", "appo", "apex"}))
 def test_one_actor_learns_what_it_learns_alone(trained: Callable[..., rookery.Run], system: str) -> None:
     own, shared = trained(system), trained(system, **SHARED)
     assert own.summary["steps"] == shared.summary["steps"]
@@ -69,6 +70,19 @@ def test_halves_of_several_actors(trained: Callable[..., rookery.Run], system: s
     assert words["questions"]["kind"] == "calls"
     flows = {(flow["from"], flow["to"]) for flow in run.summary["flows"]}
     assert {("actor 0", "questions"), ("actor 1", "questions"), ("questions", "inference 0")} <= flows
+
+
+def test_learners_that_share_actors_go_on(trained: Callable[..., rookery.Run]) -> None:
+    run = trained("appo", actors=4, learners=2, **BUFFERED)
+    assert run.summary["steps"] >= 150
+
+
+def test_an_object_keeps_its_lanes(tmp_path: Path) -> None:
+    env = make_env("tensor:CartPole-v1", 4)
+    with pytest.raises(Refused, match="halves an actor's lanes; those of an environment object stay"):
+        rookery.train("ppo", env, run_dir=tmp_path / "run", quiet=True, **tiny("ppo", **BUFFERED))
+    run = rookery.train("ppo", env, run_dir=tmp_path / "run", quiet=True, **tiny("ppo", **SHARED))
+    assert run.summary["steps"] >= 150
 
 
 # A group of lanes.
@@ -203,11 +217,12 @@ def test_weights_are_fetched_when_an_asker_knows_of_others() -> None:
     together, calls = asking(setting_of(IMPALA(hidden=(8,)), "tensor:CartPole-v1", 4), 2)
     desks = [group.desk for group in together.groups]
     found = []
-    for version in (3, 3, 5, 2):  # a learner that begins anew falls back
-        together.load(version, {})
+    for version in (3, None, 5, 2, 2):  # a learner that begins anew falls back, and may come to the same number
+        if version is not None:
+            together.load(version, {})
         result(together.filled(together.slot()))
         found += [calls.policy.outdated(desks), calls.policy.outdated(desks)]
-    assert found == [True, False, False, False, True, False, True, False]
+    assert found == [True, False, False, False, True, False, True, False, True, False]
 
 
 def test_exploration_is_each_lanes_own() -> None:
