@@ -363,10 +363,10 @@ def test_state_is_kept_and_restored(runtime: str) -> None:
 
 def test_the_state_of_a_role_that_has_ended_is_kept(runtime: str) -> None:
     graph = Graph(0)
+    queue = graph.word("queue", "queue", each=1)
     for index, until in enumerate((2, 10)):
-        queue = graph.word("queue", f"queue_{index}", each=1)
-        graph.role(roles.counting, index, queue=queue, until=until, ends_run=index == 1)
-        graph.role(roles.collecting, index, queue=queue)
+        graph.role(roles.counting, index, queue=queue, until=until)
+    graph.role(roles.emptier, queue=queue, each=1, first=1, gets=12, ends_run=True)
     rows, state = execute(runtime, graph)
     assert state["roles"]["counting_0"] == {"count": 2}
     assert state["roles"]["counting_1"] == {"count": 10}
