@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import begin, child, chosen, finish, interleaved, machine, parser, table
+from common import begin, chosen, finish, machine, over_seeds, parser, table
 
 UPDATES = 3_000
 STEPS = 5_000  # of each actor
@@ -67,10 +67,11 @@ def main() -> None:
         }
         for name, arm in chosen(ARMS, args.arms).items()
     }
-    found = interleaved(
+    found = over_seeds(
+        __file__,
         variants,
-        args.rounds,
-        lambda spec, number: child(__file__, {**spec, "seed": FIRST + number}, args.cores),
+        args,
+        FIRST,
         lambda result: f"{result['score']:>5.2f} after {result['updates']:,} updates",
     )
     rows = []

@@ -154,6 +154,18 @@ def interleaved(
     return results
 
 
+def over_seeds(
+    script: str, variants: dict[str, Result], args: argparse.Namespace, first: int, show: Callable[[Result], str]
+) -> dict[str, list[Result]]:
+    """`interleaved`, each round with a seed of its own from `first` on."""
+    return interleaved(
+        variants,
+        args.rounds,
+        lambda spec, number: child(script, {**spec, "seed": first + number}, args.cores),
+        show,
+    )
+
+
 def machine(cores: list[int] | None = None) -> Result:
     """The processor, its cores, how busy it was, and the versions of whatever decides a speed."""
     found = {}

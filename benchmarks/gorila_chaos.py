@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import begin, child, chosen, finish, interleaved, machine, parser, table
+from common import begin, chosen, finish, machine, over_seeds, parser, table
 
 from rookery.algorithms.dqn import DQN
 from rookery.runtimes.words import Graph
@@ -157,10 +157,11 @@ def main() -> None:
         for arm in ARMS
         for safe in (True, False)
     }
-    found = interleaved(
+    found = over_seeds(
+        __file__,
         chosen(variants, args.only),
-        args.rounds,
-        lambda spec, number: child(__file__, {**spec, "seed": number}, args.cores),
+        args,
+        0,
         lambda result: f"{result['score']:>6.1f}, reached {result['reached']}, {result['updates']} updates",
     )
     rows = []

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import begin, child, finish, interleaved, machine, parser, table
+from common import begin, finish, machine, over_seeds, parser, table
 
 LAGS = (0, 4, 16, 64)
 LR = 3e-3  # large, so that weights of some updates ago are others
@@ -80,10 +80,11 @@ def main() -> None:
         for lag in LAGS
         for correction in corrections
     }
-    found = interleaved(
+    found = over_seeds(
+        __file__,
         variants,
-        args.rounds,
-        lambda spec, number: child(__file__, {**spec, "seed": FIRST + number}, args.cores),
+        args,
+        FIRST,
         lambda result: f"{result['score']:>6.2f}, lag {result['lag']:g}",
     )
     rows = []

@@ -278,7 +278,7 @@ def _check_object(env: VectorEnv, options: Options) -> None:
     """Refuse what an environment that was handed in cannot follow: it has its lanes, where they are."""
     if options.double_buffer:
         raise Refused("double_buffer=True halves an actor's lanes; those of an environment object stay as they are.")
-    if env.device.type != "cpu" and (options.runtime == "local" or options.inference == "shared"):
+    if env.device.type != "cpu" and options.actors_apart:
         raise Refused(
             f"an environment object on {env.device} cannot be stepped by actors on the CPU, where those of "
             f"runtime={options.runtime!r} with inference={options.inference!r} are; make it with device='cpu'."

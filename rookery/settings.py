@@ -15,6 +15,7 @@ import torch
 from rookery.algorithms.base import Algorithm
 from rookery.envs.spec import EnvSpec, dtype_of, leaves
 from rookery.envs.vector import VectorEnv
+from rookery.nn.compiled import fast_bf16
 from rookery.systems import SYSTEMS, find, recipe
 
 __all__ = ["EnvLike", "Options", "as_dataclass", "device_of", "env_name", "resolve"]
@@ -66,6 +67,11 @@ class Options:
                 raise ValueError(f"env_options has {pair!r}, and takes name=value, such as frame_skip=4.")
 
     @property
+    def actors_apart(self) -> bool:
+        """Whether actors are not where the learner is, but on the CPU."""
+        return self.runtime == "local" or self.inference == "shared"
+
+    @property
     def env_settings(self) -> dict[str, Any]:
         """The environment's own settings by name; a value that is no JSON is a string."""
         pairs = dict(pair.split("=", 1) for pair in self.env_options)
@@ -77,11 +83,11 @@ class Options:
             dtype_of(leaf) == torch.uint8 and len(leaf.shape or ()) >= 2 for leaf in leaves(env.obs_space).values()
         )
         device = device_of(self.device)
-        fast = device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        fitting: Literal["float32", "bf16"] = "bf16" if images and fast_bf16(device) else "float32"
         return dataclasses.replace(
             self,
             device=device,
-            precision=("bf16" if images and fast else "float32") if self.precision == "auto" else self.precision,
+            precision=fitting if self.precision == "auto" else self.precision,
             threads=self.threads or (len(os.sched_getaffinity(0)) if images else 1),
             log_every=self.log_every or max(1, self.steps // 200),
             eval_every=self.eval_every or max(1, self.steps // 10),

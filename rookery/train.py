@@ -29,7 +29,7 @@ from rookery.runs.sinks import open_sink
 from rookery.runtimes.arrivals import Arrivals
 from rookery.runtimes.inline import Inline
 from rookery.runtimes.local import Local
-from rookery.settings import EnvLike, Options, env_name, resolve
+from rookery.settings import EnvLike, Options, device_of, env_name, resolve
 from rookery.systems import SYSTEMS, find, system_of
 from rookery.topologies.setting import ReplaySetting, Setting, crosses
 
@@ -70,12 +70,11 @@ def train(
         ValueError: for unknown names and combinations that cannot work, before anything is built.
     """
     name, algorithm, options = resolve(system, env, settings)
+    if options.layout == "auto" and isinstance(env, str):  # one backend for all, whichever suits the lanes as given
+        env = pick(env, options.envs, device_of(options.device), options.compile)
     run, options = build(name, algorithm, env, options, network)
     if options.layout == "auto":
         check_script()
-        if isinstance(env, str):  # one backend for all, whichever suits the lanes as they were given
-            env = pick(env, options.envs, options.device, options.compile)
-            run, options = build(name, algorithm, env, options, network)
     run.folder = RunFolder.create(run_dir, name, env_name(env), options.seed)
     if options.layout == "auto":
         run, options = _laid_out(run, name, options, quiet)
@@ -152,7 +151,6 @@ def execute(
 
 def _setting(run: Run, options: Options) -> Setting:
     """What the run's roles are built from."""
-    apart = options.runtime == "local" or options.inference == "shared"  # actors are not where the learner is
     return Setting(
         run.algorithm,
         run._make_env,
@@ -172,7 +170,7 @@ def _setting(run: Run, options: Options) -> Setting:
             run._make_net.spec.stack,
             run._make_net.spec.goal_reward,
         ),
-        {"device": "cpu"} if options.device != "cpu" and apart else {},
+        {"device": "cpu"} if options.device != "cpu" and options.actors_apart else {},
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-__all__ = ["compiled", "in_float32", "precision"]
+__all__ = ["compiled", "fast_bf16", "in_float32", "precision"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Result = TypeVar("Result")
@@ -23,6 +23,11 @@ def compiled(function: Function, graphs: bool = False) -> Function:
     torch._dynamo.config.trace_autograd_ops = True  # a function may hold torch.autograd.grad
     torch._dynamo.config.recompile_limit = 256  # each learner of a process counts, and past the limit nothing compiles
     return cast(Function, torch.compile(function, dynamic=False, options=options))
+
+
+def fast_bf16(device: str) -> bool:
+    """Whether bfloat16 gains anything there: on a CPU it takes instructions that not all have."""
+    return device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def precision(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:

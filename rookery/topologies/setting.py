@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from rookery.data.plan import OnPolicy, ReplayPlan
+from rookery.nn.compiled import fast_bf16
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,8 +73,7 @@ class Setting:
         """`means` of an actor, that on a CPU of its own has no CUDA graphs, and bfloat16 where that is fast."""
         if not self.actors_on:
             return self.means
-        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
-        return {"compile": self.compile, "graphs": False, "bf16": self.bf16 and fast}
+        return {"compile": self.compile, "graphs": False, "bf16": self.bf16 and fast_bf16("cpu")}
 
     @property
     def means(self) -> dict[str, bool]:
