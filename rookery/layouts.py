@@ -8,7 +8,6 @@ the algorithm.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,18 +24,12 @@ from rookery.trial import LAYOUT_SECONDS, Trial, attempt
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["check_script", "fastest", "rows", "shown"]
+__all__ = ["fastest", "rows", "shown"]
 
 NEAR = 0.95  # of the fastest: the first that reaches it is kept, for times vary, and what is simpler is tried first
 CHOICES = ("runtime", "actors", "envs", "inference", "double_buffer", "threads")  # options that make a layout
 
 Show = Callable[[list[Trial], Options | None], None]
-
-
-def check_script() -> None:
-    """Refuse to search in a process that only imports the script it was started from: it would train all over."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RuntimeError("layout='auto' starts processes, which import the script; put `if __name__ == '__main__':`.")
 
 
 def fastest(

@@ -16,7 +16,7 @@ from typing import Any, cast
 from rookery.algorithms.base import Algorithm, Network
 from rookery.envs.make import pick
 from rookery.envs.vector import VectorEnv
-from rookery.layouts import check_script, fastest, rows, shown
+from rookery.layouts import fastest, rows, shown
 from rookery.run import Run, build, layout, load, threads
 from rookery.runs.account import account, condensed, flat, since
 from rookery.runs.checkpoint import Checkpoints
@@ -29,6 +29,7 @@ from rookery.runs.sinks import open_sink
 from rookery.runtimes.arrivals import Arrivals
 from rookery.runtimes.inline import Inline
 from rookery.runtimes.local import Local
+from rookery.runtimes.process import leave_if_imported
 from rookery.settings import EnvLike, Options, device_of, env_name, resolve
 from rookery.systems import SYSTEMS, find, system_of
 from rookery.topologies.setting import ReplaySetting, Setting, crosses
@@ -69,12 +70,11 @@ def train(
     Raises:
         ValueError: for unknown names and combinations that cannot work, before anything is built.
     """
+    leave_if_imported()
     name, algorithm, options = resolve(system, env, settings)
     if options.layout == "auto" and isinstance(env, str):  # one backend for all, whichever suits the lanes as given
         env = pick(env, options.envs, device_of(options.device), options.compile)
     run, options = build(name, algorithm, env, options, network)
-    if options.layout == "auto":
-        check_script()
     run.folder = RunFolder.create(run_dir, name, env_name(env), options.seed)
     if options.layout == "auto":
         run, options = _laid_out(run, name, options, quiet)
@@ -106,6 +106,7 @@ def resume(
     On environments that can save their state the result is the same, bit for bit, as if it had never stopped; on
     others episodes begin anew. An own algorithm, environment or network is code, which no run folder holds: hand it in.
     """
+    leave_if_imported()
     run = load(path, algorithm=algorithm, env=env, network=network)
     options, saved = run._make_env.options, saved_whole(run)
     over = (run.path / "summary.json").exists() and not run.summary["interrupted"]

@@ -218,14 +218,6 @@ def test_ctrl_c_leaves_nothing(paced: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_script_that_is_only_imported_does_not_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As multiprocessing does in each process of a script without `if __name__ == "__main__":`."""
-    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
-    with pytest.raises(RuntimeError, match="__main__"):
-        train(tmp_path / "run", layout="auto")
-    assert not (tmp_path / "run").exists()
-
-
 # Measuring
 
 

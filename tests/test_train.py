@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -748,3 +749,16 @@ def test_a_run_folder_names_no_module_to_import(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ValueError, match=r"its own env; load\(path, env=...\) needs it again"):
         rookery.load(run.path)
     assert len(rookery.load(run.path, env="mine_to_import:make").evaluate(2).returns) == 2
+
+
+def test_a_script_that_would_train_again_in_each_process_is_told_so_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import rookery\n"
+        f"rookery.train('ppo', {CART!r}, steps=64, envs=2, runtime='local', quiet=True, sinks=(), run_dir='run')\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "put what trains under `if __name__ == '__main__':`" in done.stderr.splitlines()[-1]
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "script.py"]

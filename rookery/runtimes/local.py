@@ -22,7 +22,7 @@ from rookery.runtimes.boxes import packed, unpacked
 from rookery.runtimes.inline import Deadlock, RoleError, State, role_seed
 from rookery.runtimes.local_words import WORDS, Box, Member
 from rookery.runtimes.meter import WORK, Meter
-from rookery.runtimes.process import main
+from rookery.runtimes.process import UNGUARDED, main
 from rookery.runtimes.words import Graph
 
 __all__ = ["Local"]
@@ -33,7 +33,6 @@ TICK = 0.2  # seconds after which signals and deadlines are looked at, when noth
 UNITS = ("put", "insert", "publish", "answer", "report", "advance")  # what a role says when it has done a unit of work
 BURST = 64  # messages heard from one member before the others have their turn
 ASIDE = ("box", "count")  # questions that are answered at once, and lend no work
-UNGUARDED = "what it says stands above; a script needs `if __name__ == '__main__':` before it trains"
 GRACE = 5.0  # seconds that a role has to close what it holds
 
 
@@ -211,9 +210,15 @@ class Local:
                     return
                 message = connection.recv()
             except (EOFError, OSError) as error:
-                hint = "" if member.spoke else f" before it began; {UNGUARDED}"
                 self._note(DIED, member)
-                self._revive(member, f"its process ended ({_cause(member.process)}){hint}", error)
+                cause = _cause(member.process)
+                if member.process.exitcode == UNGUARDED:
+                    raise RoleError(
+                        "processes import the script they are started from, and this one would train again in each: "
+                        "put what trains under `if __name__ == '__main__':`, or use runtime='inline'."
+                    ) from None
+                hint = "" if member.spoke else " before it began; what it says stands above"
+                self._revive(member, f"its process ended ({cause}){hint}", error)
                 return
             if message[0] == "told":  # which changes nothing
                 self.meter.role(member.name).tells(message[1], time.perf_counter())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -19,11 +21,22 @@ from rookery.runtimes.boxes import copied, fits, packed, pour, unpacked
 from rookery.runtimes.meter import Told, combined, told
 from rookery.runtimes.words import Part, Published, RoleSpec, Stateful
 
-__all__ = ["Ended", "Link", "begun", "main"]
+__all__ = ["UNGUARDED", "Ended", "Link", "begun", "leave_if_imported", "main"]
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 SHARE = 0.02  # of a role's time that may go into handing over its state
+UNGUARDED = 78  # exit status of a process whose script would train all over (EX_CONFIG of sysexits.h)
 TELL = 0.25  # seconds between two accounts of a role's work
+
+
+def leave_if_imported() -> None:
+    """End this process where it only imports the script that its parent was started from.
+
+    Processes that are not forked from the parent begin by that, and a script that trains outside of
+    `if __name__ == "__main__":` would train all over in each of them.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(UNGUARDED)  # no traceback: the parent says what to do
 
 
 class Ended(BaseException):
