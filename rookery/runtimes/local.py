@@ -12,9 +12,10 @@ import logging
 import multiprocessing
 import multiprocessing.util
 import pickle
+import select
 import time
-from collections.abc import Callable
-from multiprocessing.connection import wait
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
 from typing import Any
 
 from rookery.runtimes.arrivals import DIED, KEPT, MESSAGE, PAUSE, RELENT, RESUME, TURN, Arrivals
@@ -184,17 +185,17 @@ class Local:
         self._answer_all()
         self._note(TURN)
         at = {member.connection: member for member in self.members if not member.over}
-        if self._idle() and not self._paused and not self._ended() and not wait(list(at), 0):
+        if self._idle() and not self._paused and not self._ended() and not _heard(at, 0):
             if self._relent():
                 self._note(RELENT)
                 return
             waits = "; ".join(f"{member.name} waits for {member.waits_for}" for member in self.members)
             raise Deadlock(f"no role can go on: {waits}.")
         self.meter.keeper += time.perf_counter() - self._since
-        heard = wait(list(at), TICK)
+        heard = _heard(at, TICK)
         self._since = time.perf_counter()
         for connection in heard:
-            self._listen(at[connection])  # type: ignore[index]
+            self._listen(at[connection])
         self._look_after()
 
     def _relent(self) -> bool:
@@ -206,8 +207,6 @@ class Local:
         connection = member.connection
         for _ in range(BURST):
             try:
-                if not connection.poll():
-                    return
                 message = connection.recv()
             except (EOFError, OSError) as error:
                 self._note(DIED, member)
@@ -222,11 +221,11 @@ class Local:
                 return
             if message[0] == "told":  # which changes nothing
                 self.meter.role(member.name).tells(message[1], time.perf_counter())
-                continue
-            if message[0] != "box" and not (message[0] == "ask" and message[2] in ASIDE):
-                self._note(KEPT if message[0] == "kept" else MESSAGE, member)
-            self._take(member, message)
-            if member.over or member.connection is not connection:
+            else:
+                if message[0] != "box" and not (message[0] == "ask" and message[2] in ASIDE):
+                    self._note(KEPT if message[0] == "kept" else MESSAGE, member)
+                self._take(member, message)
+            if member.over or member.connection is not connection or not _heard([connection], 0):
                 return
 
     def _take(self, member: Member, message: tuple[Any, ...]) -> None:
@@ -395,6 +394,14 @@ class Local:
         for member in self.members:
             if member.process is not None:
                 self._close(member, max(0.0, latest - time.monotonic()))
+
+
+def _heard(connections: Iterable[Connection], seconds: float) -> list[Connection]:
+    """Those to be read from, or whose other end is gone; as `connection.wait`, in a third of its time."""
+    poll, at = select.poll(), {connection.fileno(): connection for connection in connections}
+    for number in at:
+        poll.register(number, select.POLLIN)
+    return [at[number] for number, _ in poll.poll(seconds * 1000)]
 
 
 def _open_many_files() -> None:

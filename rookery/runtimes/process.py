@@ -24,7 +24,7 @@ from rookery.runtimes.words import Part, Published, RoleSpec, Stateful
 __all__ = ["UNGUARDED", "Ended", "Link", "begun", "leave_if_imported", "main"]
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
-SHARE = 0.02  # of a role's time that may go into handing over its state
+SHARE = 0.01  # of a role's time that may go into handing over its state
 UNGUARDED = 78  # exit status of a process whose script would train all over (EX_CONFIG of sysexits.h)
 TELL = 0.25  # seconds between two accounts of a role's work
 
