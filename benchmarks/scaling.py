@@ -1,4 +1,4 @@
-"""Throughput by number of actors on an environment that sleeps, and what the runtimes cost beside a plain loop."""
+"""Throughput by number of actors on an environment that sleeps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from common import begin, child, finish, interleaved, machine, parser, ratios, spread, table
+from common import begin, child, finish, interleaved, machine, parser, spread, table
 from gymnasium import spaces
 
 NOTES = """**Scaling.** Each step of the environment sleeps, and does nothing else; observations are four zeros, the
@@ -22,20 +22,13 @@ the learner after the last actor's first episode and its last row. "Linear" is s
 rounds. "Cores busy" is the share of the pinned cores that the run took, all its processes together; µs are processor
 time for each step, of `a3c`'s workers under "learner", the rest being what moves data, answers and takes down.
 
-**An actor's step** is measured in one process that does nothing else, without sleep: µs of processor time, one lane.
-
-**Overhead.** PPO on `tensor:CartPole-v1`, one actor, settings as tuned for it, or with one pass over an unroll in one
-minibatch. "loop" is a `for` of `Collector.fill` and `Learner.update` in one process, without roles, words, metrics or
-progress; "inline" and "local" are `rookery.train`. With one actor, actor and learner take turns, so nothing of what the
-local runtime adds is hidden behind work. Ratios are round by round; where other programs have a share of the cores,
-processor time says more than steps/s."""
+**An actor's step** is measured in one process that does nothing else, without sleep: µs of processor time, one lane."""
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "impala": {"unroll": 128},  # longer unrolls cost the learner less, and take longer to come
     "a3c": {"unroll": 128},
     "apex": {"unroll": 128, "updates_per_step": 1 / 128, "batch": 32, "learning_starts": 128, "capacity": 10_000},
 }
-PPO: dict[str, dict[str, Any]] = {"as tuned": {}, "one pass": {"epochs": 1, "minibatches": 1}}
 QUIET = {"device": "cpu", "threads": 1, "quiet": True, "sinks": (), "eval_every": 10**9, "eval_episodes": 1}
 PARTS = ("actor", "learner", "rest")  # of processor time
 LENGTH = 50  # steps of an episode
@@ -147,41 +140,6 @@ def actor_step(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def overhead(spec: dict[str, Any]) -> dict[str, Any]:
-    """PPO with one actor on a runtime, or in a loop of its own."""
-    settings = {**PPO[spec["case"]], **QUIET, "actors": 1, "steps": spec["steps"], "log_every": 5_000}
-    if spec["way"] == "loop":
-        return _loop(settings)
-    return steady("ppo", "tensor:CartPole-v1", {**settings, "runtime": spec["way"]}, "actor")
-
-
-def _loop(settings: dict[str, Any]) -> dict[str, Any]:
-    """Fill and update in turn, as nobody would write it shorter."""
-    import torch
-
-    from rookery.actor import Collector
-    from rookery.envs.make import make_env
-    from rookery.learner import Learner
-    from rookery.settings import resolve
-
-    known = {name: value for name, value in settings.items() if name != "quiet"}
-    _, algorithm, options = resolve("ppo", "tensor:CartPole-v1", known)
-    torch.set_num_threads(1)
-    env = make_env("tensor:CartPole-v1", options.envs)
-    collector = Collector(algorithm, algorithm.networks(env.spec), env, algorithm.plan.unroll, 0)
-    learner = Learner(algorithm, algorithm.networks(env.spec), options.steps, 0)
-    slot, marks = collector.slot(), []
-    while learner.steps < options.steps:
-        collector.load(learner.version, learner.values())
-        valid = collector.fill(slot)
-        learner.update(slot.batch(), learner.steps + valid)
-        marks.append((time.perf_counter(), time.process_time(), learner.steps))
-    (began, processor, before), (ended, after, steps) = marks[len(marks) // 10], marks[-1]
-    rate, cores = (steps - before) / (ended - began), (after - processor) / (ended - began)
-    result = {"steps": steps - before, "seconds": ended - began, "steps_per_second": rate, "cores_busy": cores}
-    return {**result, "microseconds": {"all": cores / rate * 1e6}}
-
-
 def scaling_table(found: dict[str, list[dict[str, Any]]], cores: int) -> str:
     """Steps/s by actors, of linear, and where processor time goes."""
     rows = []
@@ -196,19 +154,6 @@ def scaling_table(found: dict[str, list[dict[str, Any]]], cores: int) -> str:
         rows.append([system, f"{sleep} ms", number, *cells])
     head = ["system", "sleep", "actors", "steps/s", "of linear", "cores busy", *(f"{part}, µs" for part in PARTS)]
     return table(head, rows)
-
-
-def overhead_table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Each way beside the loop of the same case."""
-    rows = []
-    for name, rounds in found.items():
-        case = name.rpartition(", ")[0]
-        rates, spent = ([each["steps_per_second"] for each in rounds], [each["microseconds"]["all"] for each in rounds])
-        alone = found[f"{case}, loop"]
-        slower = ratios([each["steps_per_second"] for each in alone], rates)
-        more = ratios(spent, [each["microseconds"]["all"] for each in alone])
-        rows.append([name, f"{spread(rates):,.0f}", f"{slower:.3f}", f"{spread(spent):.1f}", f"{more:.3f}"])
-    return table(["PPO", "steps/s", "time, of the loop's", "processor µs a step", "of the loop's"], rows)
 
 
 def step_table(found: dict[str, list[dict[str, Any]]]) -> str:
@@ -226,36 +171,28 @@ def variants_of(args: Any) -> dict[str, dict[str, dict[str, Any]]]:
         for system in args.systems
         for number in args.actors
     }
-    ways = {
-        f"{case}, {way}": {"kind": "overhead", "case": case, "way": way, "steps": args.steps * (4 if extra else 1)}
-        for case, extra in PPO.items()
-        for way in ("loop", "inline", "local")
-    }
     return {
         "scaling": {name: {**each, "seconds": args.seconds} for name, each in scaled.items()},
         "actor_step": {"eager": {"kind": "actor_step", "compile": False, "steps": 64_000}},
-        "overhead": ways,
     }
 
 
 def main() -> None:
-    """Scaling, an actor's step, and the overhead of the runtimes."""
+    """Scaling, and an actor's step."""
     flags = parser(__doc__ or "", rounds=3)
     flags.add_argument("--systems", nargs="*", default=list(SYSTEMS), help="of those that scale")
     flags.add_argument("--actors", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     flags.add_argument("--sleeps", type=float, nargs="*", default=[2.0, 20.0], help="milliseconds a step")
     flags.add_argument("--seconds", type=float, default=15.0, help="for which all actors act, about")
-    flags.add_argument("--steps", type=int, default=400_000, help="of PPO as tuned; four times as many with one pass")
-    args = begin(flags, {"scale": scale, "actor_step": actor_step, "overhead": overhead})
+    args = begin(flags, {"scale": scale, "actor_step": actor_step})
     if args.smoke:
-        args.systems, args.actors, args.sleeps, args.seconds, args.steps = ["impala"], [1, 2], [2.0], 2.0, 20_000
+        args.systems, args.actors, args.sleeps, args.seconds = ["impala"], [1, 2], [2.0], 2.0
     about, found = machine(args.cores), {}
     for part, variants in variants_of(args).items():
         print(part)
         found[part] = interleaved(variants, args.rounds, lambda spec, _: child(__file__, spec, args.cores), shown)
     parts = [scaling_table(found["scaling"], len(args.cores)), step_table(found["actor_step"])]
-    parts.append(overhead_table(found["overhead"]))
-    finish(args, "scaling", about, found, "Scaling, and the runtimes' overhead", *parts, NOTES)
+    finish(args, "scaling", about, found, "Scaling", *parts, NOTES)
 
 
 def shown(result: dict[str, Any]) -> str:

@@ -136,13 +136,24 @@ def test_scaling(tmp_path: Path) -> None:
     result, text = bench("scaling", tmp_path, "--cores", CORE)
     check_machine(result, text)
     assert result["scaling"].keys() == {"impala, 2 ms, 1", "impala, 2 ms, 2"}
-    assert {name.rpartition(", ")[2] for name in result["overhead"]} == {"loop", "inline", "local"}
-    for (each,) in [*result["scaling"].values(), *result["overhead"].values()]:
-        assert each["steps_per_second"] == pytest.approx(each["steps"] / each["seconds"])
-        assert 0 < each["cores_busy"] <= 1.1
+    check_rates(result["scaling"])
     ((step,),) = result["actor_step"].values()
     parts = [step[part] for part in ("inference", "environment", "rows and accounts")]
     assert step["all"] == pytest.approx(sum(parts))
+
+
+@pytest.mark.slow
+def test_overhead(tmp_path: Path) -> None:
+    result, text = bench("overhead", tmp_path, "--cores", CORE)
+    check_machine(result, text)
+    assert {name.rpartition(", ")[2] for name in result["overhead"]} == {"loop", "inline", "local"}
+    check_rates(result["overhead"])
+
+
+def check_rates(found: dict[str, list[dict[str, Any]]]) -> None:
+    for (each,) in found.values():
+        assert each["steps_per_second"] == pytest.approx(each["steps"] / each["seconds"])
+        assert 0 < each["cores_busy"] <= 1.1
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ policy to the weighted actions, its mean and its spread each within a KL bound o
 
 What differs from the paper: n-step returns instead of Retrace; each coordinate of an action has its own bounds, and
 actions beyond [-1, 1] are penalised, as in the authors' later code; critics judge actions as the environment clips
-them; the policy is improved at the samples' next states, where the critics' target judges its actions already.
+them.
 """
 
 from __future__ import annotations
@@ -78,27 +78,26 @@ class MPO(OffPolicy):
         return Acted(net.shaped(action.clamp(-1, 1)), {}, state)
 
     def noise(self, net: ActorCritics, batch: Batch, generator: torch.Generator) -> Batch:
-        return {"noise": net.draw((self.samples, len(batch["reward"])), generator).transpose(0, 1)}
+        shape = (self.samples, len(batch["reward"]))
+        return {name: net.draw(shape, generator).transpose(0, 1) for name in ("noise", "next_noise")}
 
     def loss(self, net: ActorCritics, target: ActorCritics, batch: Batch, now: Now) -> Loss:
         with torch.no_grad():
-            following = target.encode(batch["next_obs"])
-            old = target.actor(following)
-            old = Gaussian(old.mean.unsqueeze(1), old.log_std.unsqueeze(1))
-            action = old.sample(batch["noise"])  # [N, M, A]
-            inside = action.clamp(-1, 1)
-            value = target.critics(following.unsqueeze(1).expand(-1, self.samples, -1), inside).squeeze(0)  # [N, M]
-            y = expected(batch, value.mean(1))
+            _, _, next_value = sampled(target, batch["next_obs"], batch["next_noise"])
+            y = expected(batch, next_value.mean(1))
+            old, action, value = sampled(target, batch["obs"], batch["noise"])
 
-        error = net.critics(net.encode(batch["obs"]), net.flat(batch["action"])).squeeze(0) - y
+        features = net.encode(batch["obs"])
+        error = net.critics(features, net.flat(batch["action"])).squeeze(0) - y
         critic_loss = weighted_mean(error.square(), batch)
 
         dual = {name: F.softplus(raw) + 1e-8 for name, raw in net.duals.items()}
         weight, dual_loss = reweighted(value, dual["temperature"], self.epsilon)
-        nearer, penalty_loss = reweighted(-(action - inside).norm(dim=-1), dual["penalty"], self.epsilon_penalty)
+        beyond = (action - action.clamp(-1, 1)).norm(dim=-1)
+        nearer, penalty_loss = reweighted(-beyond, dual["penalty"], self.epsilon_penalty)
         weight = weight + nearer
 
-        new = net.actor(net.encode(batch["next_obs"]).detach())
+        new = net.actor(features.detach())
         new = Gaussian(new.mean.unsqueeze(1), new.log_std.unsqueeze(1))
         moved, spread = Gaussian(new.mean, old.log_std), Gaussian(old.mean, new.log_std)
         fit = -(weight * (moved.log_prob(action) + spread.log_prob(action))).sum(1).mean()
@@ -126,6 +125,20 @@ class MPO(OffPolicy):
         super().finish(net, data)
         for raw in net.duals.values():
             raw.clamp_(min=LEAST_DUAL)
+
+
+def sampled(net: ActorCritics, obs: Obs, noise: Tensor) -> tuple[Gaussian, Tensor, Tensor]:
+    """The policy `[N, 1, A]` in N states, M actions of it `[N, M, A]`, and what the critic says of each `[N, M]`.
+
+    Args:
+        noise: normal, `[N, M, A]`.
+    """
+    features = net.encode(obs)
+    policy = net.actor(features)
+    policy = Gaussian(policy.mean.unsqueeze(1), policy.log_std.unsqueeze(1))
+    action = policy.sample(noise)
+    value = net.critics(features.unsqueeze(1).expand(-1, noise.shape[1], -1), action.clamp(-1, 1))
+    return policy, action, value.squeeze(0)
 
 
 def reweighted(value: Tensor, temperature: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

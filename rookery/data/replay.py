@@ -136,6 +136,8 @@ class ReplayBuffer:
         if self._frames is not None:
             before = self._ring.get(REACH, writer, first, 1)[0] if goes_on else None
             reaches = self._frames.reaches(rows["obs"], valid, before)
+        if not self._ring.columns:  # only now: what is refused leaves no layout behind
+            self._allocate(_looks_of(columns))
         if first > 0 and not goes_on:
             first = self._close(writer, first)
         self._evict(writer, first, len(valid))
@@ -149,7 +151,7 @@ class ReplayBuffer:
         return int(valid.count_nonzero())
 
     def _columns_of(self, rows: Mapping[str, Any]) -> dict[Key, Tensor]:
-        """What is stored of an unroll, `[T, B, ...]`, and `obs`, `[T+1, B, ...]`; makes room before the first."""
+        """What is stored of an unroll, `[T, B, ...]`, and `obs`, `[T+1, B, ...]`."""
         missing = [name for name in NEEDED if name not in rows]
         if missing:
             raise ValueError(f"an insert brings {', '.join(NEEDED)}; this one lacks {', '.join(missing)}.")
@@ -163,9 +165,8 @@ class ReplayBuffer:
             columns["obs",] = self._newest(obs)
         count = next(len(leaf) for key, leaf in columns.items() if key[0] == "obs") - 1
         columns = {key: leaf if key[0] == "obs" else leaf[:count] for key, leaf in columns.items()}
-        looks = {key: (tuple(leaf.shape[2:]), leaf.dtype) for key, leaf in columns.items()}
         if self._ring.columns:
-            _check_looks(looks, _looks_of(self._ring.columns), "this insert")
+            _check_looks(_looks_of(columns), _looks_of(self._ring.columns), "this insert")
         for key, leaf in columns.items():
             wanted = [count + (key[0] == "obs"), self.lanes]
             if list(leaf.shape[:2]) != wanted:
@@ -179,8 +180,6 @@ class ReplayBuffer:
                 f"an insert of {count} rows does not fit capacity={self.plan.capacity} over "
                 f"{self.lanes * self.writers} lanes; insert 1 to {most} rows at once."
             )
-        if not self._ring.columns:
-            self._allocate(looks)
         return columns
 
     def _newest(self, obs: Tensor | None) -> Tensor:
@@ -331,16 +330,17 @@ class ReplayBuffer:
         return torch.randint(below, (count,), generator=self.generator, device=self.device)
 
     def _by_priority(self, tree: SumTree, count: int, beta: float) -> tuple[Tensor, Tensor]:
-        """Cells `[N]`, one from each Nth of the priorities' sum, and their importance weights.
+        """Cells `[N]`, of each batch b of the plan one from each bth of the priorities' sum, and importance weights.
 
         The weights are (M·P(i))^−β over their maximum (Schaul et al. 2016, section 3.4), here the maximum in the batch,
         as most later code has it: it needs no second tree, and M and the sum cancel.
         """
-        lots = torch.rand(count, generator=self.generator, device=self.device, dtype=torch.float64)
-        parts = (torch.arange(count, device=self.device) + lots) / count
-        cells = tree.find(parts * tree.total())
-        leaf = tree.leaves.index_select(0, cells)
-        return cells, ((leaf / leaf.min()) ** -beta).float()
+        batches = count // self.plan.batch if count % self.plan.batch == 0 else 1
+        lots = torch.rand(batches, count // batches, generator=self.generator, device=self.device, dtype=torch.float64)
+        parts = (torch.arange(lots.shape[1], device=self.device) + lots) / lots.shape[1]
+        cells = tree.find(parts.view(-1) * tree.total())
+        leaf = tree.leaves.index_select(0, cells).view_as(lots)
+        return cells, ((leaf / leaf.amin(-1, keepdim=True)) ** -beta).float().view(-1)
 
     def _serial(self, cells: Tensor) -> Tensor:
         """A number that what is in a cell has for all time: its writer's row, counted from the first, · L + lane."""

@@ -171,17 +171,18 @@ def twin_discrete_sac(algorithm: SAC, net: Any, target: Any, batch: Batch) -> Lo
 
 def twin_mpo(algorithm: MPO, net: Any, target: Any, batch: Batch) -> Losses:
     obs, following, samples = batch["obs"], batch["next_obs"], algorithm.samples
-    old, new = normal_policy(target, following), normal_policy(net, following)
+    old, new, then = normal_policy(target, obs), normal_policy(net, obs), normal_policy(target, following)
     old = Normal(old.mean.detach(), old.stddev.detach())
     dual = {name: torch.log1p(raw.exp()) + 1e-8 for name, raw in net.duals.items()}
     value, fit = torch.zeros(N, samples).double(), torch.zeros(()).double()
-    beyond = torch.zeros(N, samples).double()
+    beyond, y = torch.zeros(N, samples).double(), batch["reward"].clone()
     actions = [old.mean + old.stddev * batch["noise"][:, m] for m in range(samples)]
     for m, action in enumerate(actions):
         inside = action.clip(-1, 1)
-        value[:, m] = q(target, following, inside)[0, :, 0].detach()
+        value[:, m] = q(target, obs, inside)[0, :, 0].detach()
         beyond[:, m] = -(action - inside).square().sum(-1).sqrt()
-    y = batch["reward"] + batch["discount"] * value.mean(1)
+        next_action = (then.mean + then.stddev * batch["next_noise"][:, m]).clip(-1, 1)
+        y = y + batch["discount"] * q(target, following, next_action)[0, :, 0].detach() / samples
     critic = (batch["weight"] * (q(net, obs, batch["action"])[0, :, 0] - y) ** 2).mean()
 
     weight = (value / dual["temperature"].detach()).softmax(1) + (beyond / dual["penalty"].detach()).softmax(1)
@@ -236,15 +237,16 @@ def test_each_part_has_the_gradient_of_its_own_loss(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_no_next_state_counts_where_the_episode_terminated(name: str) -> None:
-    """Truncated samples come with their discount, and so bootstrap; MPO improves its policy at any next state."""
+    """Truncated samples come with their discount, and so bootstrap."""
     algorithm, _, action = KINDS[name]
     net, target, batch = set_up(algorithm, action)
     now = Now(torch.tensor(1.0), ("critic",))
     before = algorithm.loss(net, target, batch, now)
     for rows, same in ((batch["discount"] == 0, True), (batch["discount"] > 0, False)):
         other = {**batch, "next_obs": torch.where(rows[:, None], batch["next_obs"] + 1, batch["next_obs"])}
-        after = algorithm.loss(net, target, other, now).priorities
-        assert torch.allclose(before.priorities, after, rtol=1e-12) == same
+        after = algorithm.loss(net, target, other, now)
+        assert torch.allclose(before.priorities, after.priorities, rtol=1e-12) == same
+        assert torch.allclose(before.loss, after.loss, rtol=1e-12) == same
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -273,7 +275,10 @@ SOLVERS: dict[str, tuple[Algorithm, spaces.Space]] = {
 
 
 def learnt(algorithm: Algorithm, action: spaces.Space, updates: int) -> Learner:
-    """From random actions in one state: -2(a - 0.4)^2, or 1 for the second choice, and then the episode is over."""
+    """From random actions in one state: -2(a - 0.4)^2, or 1 for the second choice, and then the episode is over.
+
+    It ends in another state, which says nothing of the first.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = algorithm.networks(spec(action))
@@ -287,7 +292,7 @@ def learnt(algorithm: Algorithm, action: spaces.Space, updates: int) -> Learner:
         if action is CHOICE:
             taken = torch.randint(3, (64,), generator=generator)
             reward = (taken == 1).float()
-        batch = {"obs": obs, "next_obs": obs, "action": taken, "reward": reward}
+        batch = {"obs": obs, "next_obs": obs + 3, "action": taken, "reward": reward}
         learner.update({**batch, "discount": torch.zeros(64), "weight": torch.ones(64)}, 0)
     return learner
 

@@ -61,13 +61,28 @@ def test_where_little_can_be_drawn_it_is_equally_likely_too() -> None:
 
 def test_priorities_of_the_paper() -> None:
     """Golden vector: p = (1, 2, 4), α = 0.6, β = 0.4."""
-    buffer = ReplayBuffer(plan(alpha=0.6), 3)
+    buffer = ReplayBuffer(plan(alpha=0.6, batch=9_000), 3)
     buffer.insert({**rows(1), "priority": torch.tensor([[1.0, 2.0, 4.0]])})
     batch = buffer.sample(9_000, beta=0.4)
     for lane, (share, weight) in enumerate([(0.207766, 1.0), (0.314914, 0.846745), (0.47732, 0.716978)]):
         mine = batch["index"] == lane
         assert float(mine.float().mean()) == pytest.approx(share, abs=2e-4), "stratified: off by 2 of 9,000 at most"
         assert batch["weight"][mine].unique().item() == pytest.approx(weight, abs=1e-6)
+
+
+def test_each_batch_of_several_is_stratified_and_weighed_by_itself() -> None:
+    """As though each had been drawn when its update was due: none is of one stretch of the ring alone."""
+    buffer = ReplayBuffer(plan(alpha=0.6, batch=8), 1)
+    buffer.insert({**rows(64, lanes=1), "priority": 1.0 + torch.rand(64, 1)})
+    batch = buffer.sample(8 * 5, beta=0.4)
+    leaf = buffer._tree.leaves
+    ends = leaf.cumsum(0)
+    for index, weight in zip(batch["index"].view(5, 8), batch["weight"].view(5, 8), strict=True):
+        first, last = (ends - leaf)[index] / ends[-1], ends[index] / ends[-1]
+        for part in range(8):
+            assert first[part] <= (part + 1) / 8 and last[part] >= part / 8, "one from each eighth"
+        torch.testing.assert_close(weight, ((leaf[index] / leaf[index].min()) ** -0.4).float())
+        assert weight.max() == 1
 
 
 def test_new_rows_get_the_largest_priority_so_far() -> None:
@@ -304,6 +319,22 @@ def test_rows_unlike_the_first_are_refused_whole(wrong: dict, message: str) -> N
         buffer.insert(rows(4) | {"obs": torch.ones(5, LANES)} | wrong)
     assert len(buffer) == 4 * LANES
     assert torch.equal(buffer.state()["columns"]["obs"], before)
+
+
+@pytest.mark.parametrize(
+    ("made", "wrong", "message"),
+    [
+        ({}, {"priority": torch.full((4, LANES), float("nan"))}, "the priority nan at"),
+        ({"stack": 2}, {"obs": torch.arange(10.0 * LANES).view(5, LANES, 2)}, "holds no stack of 2 frames"),
+    ],
+)
+def test_a_refused_first_insert_leaves_no_layout_behind(made: dict, wrong: dict, message: str) -> None:
+    buffer, good = ReplayBuffer(plan(alpha=0.6), LANES, **made), rows(4, obs=torch.zeros(5, LANES, 2))
+    with pytest.raises(ValueError, match=message):
+        buffer.insert(good | {"extra": torch.zeros(5, LANES)} | wrong)
+    assert not buffer._ring.columns
+    buffer.insert(good)
+    assert len(buffer) == 4 * LANES
 
 
 def test_too_early_too_long_and_by_nobody() -> None:
