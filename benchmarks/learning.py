@@ -39,6 +39,11 @@ class Row:
     each: bool = False  # every seed must reach the threshold, not only their mean
 
     @property
+    def name(self) -> str:
+        """Of files."""
+        return f"{self.system}-{self.env}".replace("/", "-")
+
+    @property
     def command(self) -> str:
         """What trains one seed of it."""
         return f"rookery train {self.system} {self.env}"
@@ -62,7 +67,7 @@ def finished(row: Row, seed: int, runs: Path) -> Run:
     _, algorithm, options = resolve(row.system, row.env, settings)
     both = {**dataclasses.asdict(algorithm), **dataclasses.asdict(options)}
     mark = zlib.crc32(json.dumps(both, sort_keys=True).encode())
-    path = runs / f"{row.system}_{row.env}_s{seed}_{mark:08x}"
+    path = runs / f"{row.name}_s{seed}_{mark:08x}"
     if (path / "summary.json").exists() and not (run := load(path)).summary["interrupted"]:
         return run
     if (path / "config.json").exists() and load(path).checkpoints.steps():
@@ -180,7 +185,7 @@ def main() -> None:
         results.append(result(row, runs))
         results.sort(key=lambda each: order.index((each["system"], each["env"])))
         path.write_text(json.dumps(results, indent=2) + "\n")
-        plot_runs([run.path for run in runs], flags.results / f"learning-{row.system}-{row.env}.png")
+        plot_runs([run.path for run in runs], flags.results / f"learning-{row.name}.png")
     print(*table(results), sep="\n")
     print(f"\nresults     {path}")
 

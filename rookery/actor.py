@@ -14,7 +14,7 @@ from torch import Tensor
 from rookery.algorithms.base import Acted, Algorithm, Explore, PolicyNet, flat
 from rookery.data.unroll import UnrollBuffer
 from rookery.envs.tensor.base import TensorEnv
-from rookery.envs.vector import Obs, VectorEnv
+from rookery.envs.vector import EnvError, Obs, VectorEnv
 from rookery.estimators import linear_recurrence
 from rookery.nn.compiled import compiled, precision
 
@@ -33,6 +33,7 @@ class Unroll:
         self.records = records  # whether acting gives more than actions, which the row to bootstrap from needs too
         self.state_in = state.clone()  # [B, S] recurrent state before row 0
         self.version = torch.zeros((), dtype=torch.int64)  # of the weights that acted
+        self.learnt_in = torch.full((), -1)  # the number of the batch that it is part of (`topologies.replicas`)
         self.priority: Tensor | None = None  # [T, B] of the rows in replay, where the algorithm gives them
 
     def part(self, lanes: slice) -> Unroll:
@@ -227,6 +228,7 @@ class Collector:
         rest = {"obs": self._obs, "start": self._start, **record}
         unroll.buffer.write({name: [value] for name, value in rest.items()}, self.T)
         unroll.version.fill_(self.version)
+        unroll.learnt_in.fill_(-1)
         valid = self._account(unroll.buffer, raw)
         if unroll.priority is not None:
             unroll.priority.copy_(cast(Tensor, self.algorithm.priorities(unroll.batch())))
@@ -270,6 +272,8 @@ class Collector:
             decay, torch.stack([reward, rows["valid"].float(), rows["reward"]], 1), self._sums, reverse=False
         )
         rows["discounted_return"].copy_(sums[:, 2])
+        if self._tensor_env is not None:  # others are looked at in every step
+            self._refuse_non_finite(buffer.storage["obs"][1:], rows["reward"], sums[:, 1])
         self._sums, self._ended = sums[-1].clone(), ended[-1].clone()
         if ended.any():
             self.returns += sums[:, 0][ended].tolist()
@@ -277,6 +281,18 @@ class Collector:
         valid = int(rows["valid"].sum())
         self.steps += valid
         return valid
+
+    def _refuse_non_finite(self, obs: Obs, reward: Tensor, length: Tensor) -> None:
+        """What T steps led to, `[T, B, ...]`; `length` has which step of its episode each was."""
+        leaves: Any = [obs] if isinstance(obs, Tensor) else obs.values(include_nested=True, leaves_only=True)
+        for name, value in [*(("obs", leaf) for leaf in leaves), ("reward", reward)]:
+            if value.is_floating_point() and not (finite := torch.isfinite(value)).all():
+                row, lane = (~finite).nonzero()[0, :2].tolist()
+                where = f"lane {lane} at step {int(length[row, lane])} of its episode (row {row} of the unroll)"
+                raise EnvError(
+                    f"{self.env.spec.id} gave {name} that is not finite in {where}: "
+                    f"{value[row, lane].flatten()[:8].tolist()}."
+                )
 
     def episodes(self) -> dict[str, Any]:
         """The episodes that ended since the last call: their number, mean return and length, and each return."""

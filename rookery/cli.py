@@ -176,11 +176,15 @@ def train(words: list[str]) -> None:
             "train takes a system and an environment, such as `rookery train ppo CartPole-v1`; "
             "`rookery train --help` says more."
         )
-    from rookery.settings import resolve
+    from rookery.settings import refuse_unknown, resolve
     from rookery.train import train as run_training
 
     system, env = words[:2]
-    name, algorithm, options = resolve(system, env, {}, tuned="--no-recipe" not in words)
+    asked = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    name, algorithm, options = resolve(system, env, {}, tuned="no_recipe" not in asked)
+    known = {**vars(options), **vars(algorithm), **vars(Display())}
+    switches = {f"no_{each}" for each, value in known.items() if isinstance(value, bool)}
+    refuse_unknown(asked - switches - {"help"}, set(known), name)  # says which systems have it; the parser cannot
     parts = {"run": options, name: algorithm, "display": Display()}  # --help takes its titles from the names
     fields = [(part, type(value), dataclasses.field(default=value)) for part, value in parts.items()]
     about = f"Train {name} on {env}. A setting that no flag names keeps its default, which is shown."
@@ -267,8 +271,9 @@ def show(words: list[str]) -> None:
     if what == "systems":
         from rookery.systems import SYSTEMS
 
+        width = max(map(len, SYSTEMS))
         for system in SYSTEMS.values():
-            print(f"{system.name:<8} {system.topology:<22} {system.about}")
+            print(f"{system.name:<{width}} {system.topology:<22} {system.about}")
     elif what == "envs":
         from rookery.envs.make import BACKENDS, env_ids
 

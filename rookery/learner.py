@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,19 @@ from rookery.algorithms.base import Algorithm, Batch, Loss, Now, OnPolicy, Part,
 from rookery.data.plan import PER_SAMPLE
 from rookery.nn.compiled import compiled, precision
 
-__all__ = ["Gradient", "Learner", "NonFinite", "minibatches"]
+__all__ = ["Gradient", "Lags", "Learner", "NonFinite", "minibatches", "non_finite"]
 
 
 class NonFinite(RuntimeError):
-    """A NaN or infinity stopped the run before it reached the weights; names the tensor it was first seen in."""
+    """A NaN or infinity stopped the run before it reached a checkpoint; names the tensor it was first seen in."""
+
+
+def non_finite(where: str, update: int, step: int) -> NonFinite:
+    """What to raise when that tensor is not finite."""
+    return NonFinite(
+        f"{where} is not finite at update {update} (step {step}); the run stops, and its last checkpoint is intact. "
+        "Train with a smaller lr or max_grad_norm, or check the environment."
+    )
 
 
 class Gradient(NamedTuple):
@@ -27,6 +35,30 @@ class Gradient(NamedTuple):
     loss: Loss
     minibatch: Batch
     moves: tuple[str, ...]  # the parts whose parameters this update moves
+
+
+class Lags:
+    """How old the weights were that acted, or differentiated: their mean and maximum since the last row."""
+
+    def __init__(self) -> None:
+        self.number = self.total = self.most = 0
+
+    def add(self, lags: Iterable[int]) -> None:
+        """Note some, in versions of the weights."""
+        for lag in lags:
+            self.number, self.total, self.most = self.number + 1, self.total + lag, max(self.most, lag)
+
+    def metrics(self) -> dict[str, float]:
+        """Of those since the last call, if there were any."""
+        number, total, most = self.number, self.total, self.most
+        self.number = self.total = self.most = 0
+        return {"policy_lag": total / number, "policy_lag_max": most} if number else {}
+
+    def state(self) -> dict[str, int]:
+        return dict(vars(self))
+
+    def load_state(self, state: dict[str, int]) -> None:
+        vars(self).update(state)
 
 
 class Learner:
@@ -72,6 +104,7 @@ class Learner:
         self.steps = self.updates = 0
         self.seconds = {"learning": 0.0}
         self.version = 1  # of the weights; 0 is before the first
+        self.lags = Lags()  # that topologies note
         self.priorities: Tensor | None = None  # of the samples that were last learnt from, `[N]`
         self._sums: dict[str, Tensor] = {}  # of the metrics not yet reported, by their names; their number comes last
         self._one = torch.ones((), device=self.device)
@@ -173,7 +206,8 @@ class Learner:
         norms = [torch.linalg.vector_norm(group) for group in gradients]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         if not torch.isfinite(norm):
-            raise NonFinite(self._first_non_finite(gradient.loss, gradient.minibatch))
+            where = self._first_non_finite(gradient.loss, gradient.minibatch)
+            raise non_finite(where, self.updates + 1, self.steps)
         if self.algorithm.max_grad_norm is not None:
             scale = (self.algorithm.max_grad_norm / (norm + 1e-6)).clamp(max=1)
             for group in gradients:
@@ -204,7 +238,7 @@ class Learner:
         self._sums[names] = self._sums[names] + values if names in self._sums else values
 
     def metrics(self) -> dict[str, float]:
-        """The means of what the updates since the last call said, and where the learner stands."""
+        """The means of what the updates since the last call said, their policy lags, and where the learner stands."""
         totals: dict[str, list[float]] = {}
         for names, sums in self._sums.items():
             *values, count = sums.tolist()
@@ -213,7 +247,8 @@ class Learner:
                 totals[name] = [before + value, counted + count]
         self._sums = {}
         means = {name: total / count for name, (total, count) in totals.items()}
-        return {**means, "lr": float(next(iter(self.lr.values()))), "updates": self.updates}
+        stands = {"lr": float(next(iter(self.lr.values()))), "updates": self.updates}
+        return {**means, **self.lags.metrics(), **stands}
 
     def values(self) -> dict[str, Tensor]:
         """A copy of the weights to publish."""
@@ -222,22 +257,22 @@ class Learner:
     def follow(self, updates: int, values: dict[str, Tensor], steps: int) -> None:
         """Be where another learner is after so many updates and steps."""
         self.flat.restore(values)
+        self.updates = min(self.updates, updates)  # that one may have died, and fallen back
         while self.updates < updates:
             self.updates += 1
             self._move_target()
         self.steps = steps
 
     def _first_non_finite(self, loss: Loss, minibatch: Batch) -> str:
-        """Which tensor a NaN was first in, in order of the computation: data, weights, metrics, gradients."""
-        order: list[tuple[str, Any]] = [(f"the batch's {name}", value) for name, value in minibatch.items()]
-        order += [(f"the weights {name}", value) for name, value in self.net.named_parameters()]
+        """Which tensor a NaN was first in, in order of the computation: weights, data, metrics, gradients.
+
+        Weights come first: a step that was too long makes them infinite, and with them all that is computed.
+        """
+        order: list[tuple[str, Any]] = [(f"the weights {name}", value) for name, value in self.net.named_parameters()]
+        order += [(f"the batch's {name}", value) for name, value in minibatch.items()]
         order += [(f"the loss's {name}", value) for name, value in loss.metrics.items()]
         order += [(f"the gradient of {name}", value.grad) for name, value in self.net.named_parameters()]
-        where = next((name for name, value in order if not _finite(value)), "the gradient's norm")
-        return (
-            f"{where} is not finite at update {self.updates + 1} (step {self.steps}); the run stops with its weights "
-            "as they were. Train with a smaller lr or max_grad_norm, or check the environment."
-        )
+        return next((name for name, value in order if not _finite(value)), "the gradient's norm")
 
     def state(self) -> dict[str, Any]:
         """Weights, the target network's too, optimiser, counters, unreported metrics and random generator."""
@@ -249,6 +284,7 @@ class Learner:
             "shuffle": self.generator.get_state(),
             "counts": {"steps": self.steps, "updates": self.updates, "version": self.version},
             "metrics": dict(self._sums),
+            "lags": self.lags.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -268,6 +304,7 @@ class Learner:
             }
         self.generator.set_state(state["shuffle"])
         self._sums = {names: sums.to(self.device) for names, sums in state.get("metrics", {}).items()}
+        self.lags.load_state(state.get("lags", {}))
         for name, value in state["counts"].items():
             setattr(self, name, value)
 

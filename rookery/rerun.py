@@ -15,7 +15,7 @@ from rookery.algorithms.base import Algorithm, Network
 from rookery.run import Run, load
 from rookery.runs.checkpoint import Checkpoints
 from rookery.runs.folder import RunFolder
-from rookery.runtimes.arrivals import Replayed
+from rookery.runtimes.arrivals import Replayed, pieces
 from rookery.runtimes.rerun import Rerun
 from rookery.settings import EnvLike
 from rookery.systems import system_of
@@ -39,7 +39,8 @@ def rerun(
     """Repeat a run of `runtime="local"` in this process: bit for bit where environments are, and all is on the CPU.
 
     Args:
-        until: stop after so many updates of the learner; the new run's checkpoint is then the state there.
+        until: stop once the learner has made so many updates, between two batches of it; the new run's checkpoint is
+            then the state there. A parameter server has many learners: it stops once the first knows of so many.
         run_dir: the folder of the new run; by default a new one under `runs/`.
 
     Raises:
@@ -47,8 +48,8 @@ def rerun(
         Diverged: where something else happens than is written in the record.
     """
     run = load(path, algorithm=algorithm, env=env, network=network)
-    config, pieces = run.config, _pieces(run.path / ARRIVALS)
-    if not pieces:
+    config, records = run.config, pieces(run.path / ARRIVALS)
+    if not records:
         raise ValueError(
             f"{run.path} has no record of who came when, which runs with runtime='local' leave; train the run again "
             "with its seed, which repeats inline runs."
@@ -59,7 +60,7 @@ def rerun(
     folder.write_config({**config, "rerun_of": str(run.path)})
     run.folder, run.checkpoints = folder, Checkpoints(folder.checkpoints)
     options, saved = dataclasses.replace(run._make_env.options, sinks=()), None
-    for (_, budget, record), following in itertools.zip_longest(pieces, pieces[1:]):
+    for (_, budget, record), following in itertools.zip_longest(records, records[1:]):
         resumed_at = None if following is None else following[0]
         make = partial(Rerun, record=Replayed(record), until=until, resumed_at=resumed_at)
         execute(run, config["system"], dataclasses.replace(options, steps=budget), quiet, saved, make)
@@ -67,12 +68,6 @@ def rerun(
         if until is not None and saved["run"]["roles"]["learner_0"]["counts"]["updates"] >= until:
             break
     return run
-
-
-def _pieces(folder: Path) -> list[tuple[int, int, Path]]:
-    """The records of a run and of each time that it was resumed: first step, budget and file."""
-    named = [(*map(int, path.stem.split("-")), path) for path in folder.glob("*.bin")]
-    return sorted(named)  # type: ignore[arg-type]
 
 
 def differences(one: Run, two: Run) -> list[str]:

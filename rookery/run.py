@@ -26,6 +26,21 @@ from rookery.systems import SYSTEMS, System, find, system_of
 
 __all__ = ["MakeEnv", "MakeNet", "Policy", "Run", "build", "evaluate", "layout", "load", "threads"]
 
+# What a run's state has at least, and of which kind.
+SAVED: dict[str, Any] = {
+    "run": {"roles": {"learner_0": {"net": dict}}, "words": dict, "steps": int},
+    "recorder": {
+        "episodes": int,
+        "returns": list,
+        "evaluation": dict,
+        "steps": dict,
+        "lags": dict | None,
+        "rows": int | None,
+    },
+    "steps": int,
+    "seconds": float,
+}
+
 # Options that a topology is wired by.
 LAYOUT = ("actors", "learners", "shards", "max_delay", "outliers", "inference", "double_buffer")
 
@@ -154,9 +169,9 @@ class Run:
     def saved(self, which: Literal["latest", "best"] = "latest") -> dict[str, Any]:
         """The state in the newest checkpoint, or in the best evaluated one."""
         _, state = self.checkpoints.latest() if which == "latest" else self.checkpoints.best()
-        missing = {"run", "recorder", "steps", "seconds"} - state.keys()
-        if missing:
-            raise CheckpointError(f"The checkpoint in {self.folder.checkpoints} is no run's: {missing} is not in it.")
+        lacks = _lacks(state, SAVED)
+        if lacks:
+            raise CheckpointError(f"The checkpoint in {self.folder.checkpoints} is no run's: it has no usable {lacks}.")
         return state
 
     @property
@@ -166,6 +181,8 @@ class Run:
 
     def evaluate(self, episodes: int = 20, seed: int = 1, which: Literal["latest", "best"] = "latest") -> Evaluation:
         """Play greedy episodes with the weights of a checkpoint, on up to 64 lanes."""
+        if episodes < 1:
+            raise ValueError(f"episodes={episodes} plays nothing; use 1 or more.")
         lanes = next(lanes for lanes in range(min(episodes, 64), 0, -1) if episodes % lanes == 0)
         with threads(self._make_env.options.threads), closing(self._make_env(lanes, seed)) as env:
             return self._evaluator(env, seed, which).play(episodes)
@@ -258,7 +275,13 @@ def build(
         spec = one.spec
     options = options.resolved(spec)
     algorithm.check(spec, options.envs * options.actors)
-    plan = algorithm.plan
+    make_net = MakeNet(algorithm, spec, network, options.seed, options.device)
+    net, plan = make_net(), algorithm.plan  # what does not fit says so here, before what other settings would mend
+    if net.state_size and not (plan.sequence if isinstance(plan, ReplayPlan) else plan.sequences):
+        raise Refused(
+            f"the network of {type(algorithm).__name__} has a memory, and its plan learns from single rows; give the "
+            f"plan {'sequence=16' if isinstance(plan, ReplayPlan) else 'sequences=True'}, or use no memory."
+        )
     if isinstance(plan, ReplayPlan) and plan.learning_starts >= options.steps:
         raise Refused(
             f"learning_starts={plan.learning_starts} leaves nothing of the {options.steps} steps to learn in; use more "
@@ -269,8 +292,6 @@ def build(
         _check_object(env, options)
     if not isinstance(plan, ReplayPlan) and options.replay_memory != "device":
         raise Refused(f"replay_memory={options.replay_memory!r}: {name} learns from no replay; leave it out.")
-    make_net = MakeNet(algorithm, spec, network, options.seed, options.device)
-    make_net()  # what does not fit says so here
     return Run(RunFolder(Path()), algorithm, MakeEnv(env, options), make_net), options
 
 
@@ -321,6 +342,17 @@ def closing(env: VectorEnv) -> Iterator[VectorEnv]:
         yield env
     finally:
         env.close()
+
+
+def _lacks(state: dict[str, Any], kinds: dict[str, Any], path: str = "") -> str | None:
+    """Where a state first has nothing of the kind that stands there."""
+    for name, kind in kinds.items():
+        value, at = state.get(name), f"{path}/{name}"
+        if not isinstance(value, dict if isinstance(kind, dict) else kind):
+            return at
+        if isinstance(kind, dict) and (found := _lacks(value, kind, at)):
+            return found
+    return None
 
 
 def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:

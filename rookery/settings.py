@@ -18,9 +18,14 @@ from rookery.envs.vector import VectorEnv
 from rookery.nn.compiled import fast_bf16
 from rookery.systems import SYSTEMS, find, recipe
 
-__all__ = ["EnvLike", "Options", "as_dataclass", "device_of", "env_name", "resolve"]
+__all__ = ["EnvLike", "Options", "as_dataclass", "device_of", "env_name", "refuse_unknown", "resolve"]
 
 EnvLike = Any  # an id, a VectorEnv, a Gymnasium environment, or a class or function that makes one
+
+# What the run itself hands to `make_env` and its backends, and what to do instead of naming it in env_options.
+RESERVED = {name: f"use the option {name}" for name in ("device", "seed", "envs")}
+RESERVED |= {"lanes": "use the option envs", "render": "leave it out, for a video draws anyhow"}
+RESERVED |= dict.fromkeys(("id", "source"), "the environment is named in its own place")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Options:
     runtime: Literal["inline", "local"] = "inline"  # where the roles run: in turn in this process, or each in its own
     inference: Literal["own", "shared"] = "own"  # each actor chooses its actions, or one role for all
     double_buffer: bool = False  # half of an actor's lanes step while shared inference chooses for the others
+    deadline: float = 600.0  # seconds a process may work without a word (an evaluation, say) before it is replaced
     layout: Literal["given", "auto"] = "given"  # "auto" tries a few for seconds each, and takes the fastest
     device: str = "auto"  # "auto" takes a GPU if there is one
     precision: Literal["auto", "float32", "bf16"] = "auto"  # of encoders; "auto" takes bf16 for images where it is fast
@@ -59,12 +65,19 @@ class Options:
         least_of = dict.fromkeys(("steps", "envs", "actors", "learners", "shards", "eval_episodes"), 1)
         least_of |= dict.fromkeys(("seed", "threads", "frame_stack", "log_every", "eval_every"), 0)
         least_of |= dict.fromkeys(("max_delay", "outliers"), 0)
+        least_of["deadline"] = 1
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; use {least} or more.")
         for pair in self.env_options:
             if "=" not in pair:
                 raise ValueError(f"env_options has {pair!r}, and takes name=value, such as frame_skip=4.")
+            name = pair.partition("=")[0]
+            if name in RESERVED:
+                raise ValueError(f"env_options has {pair!r}, which the run itself sets; {RESERVED[name]}.")
+        workers = self.env_settings.get("workers", 0)
+        if type(workers) is not int or workers < 0:
+            raise ValueError(f"env_options has workers={workers!r}; use a whole number, such as workers=2.")
 
     @property
     def actors_apart(self) -> bool:
@@ -111,20 +124,30 @@ def resolve(
                 f"envs={settings['envs']}, but the environment handed in has {env.lanes} lanes; use those."
             )
     if isinstance(system, Algorithm):
-        _refuse_unknown(settings, names, f"a run (the algorithm's settings go into {type(system).__name__}(...))")
+        refuse_unknown(settings, names, f"a run (the algorithm's settings go into {type(system).__name__}(...))")
         return type(system).__name__.lower(), system, as_dataclass(Options, settings)
     row = find(system)
     name, kind = row.name, row.algorithm_class()
     merged = {**row.preset, **(recipe(name, env) if tuned and isinstance(env, str) else {}), **settings}
     fields = _fields(kind)
-    _refuse_unknown(merged, fields | names, name)
+    refuse_unknown(merged, fields | names, name)
     algorithm = as_dataclass(kind, {name: value for name, value in merged.items() if name in fields})
     return name, algorithm, as_dataclass(Options, {name: value for name, value in merged.items() if name in names})
 
 
 def device_of(device: str) -> str:
-    """The device that "auto" stands for here; any other as it is."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    """The device that "auto" stands for here; any other as it is.
+
+    Raises:
+        ValueError: for what is no device of torch's.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is none that torch knows; use 'auto', 'cpu' or 'cuda'.") from error
+    return device
 
 
 def env_name(env: EnvLike) -> str:
@@ -134,7 +157,7 @@ def env_name(env: EnvLike) -> str:
     return env.spec.id if isinstance(env, VectorEnv) else getattr(env, "__name__", type(env).__name__)
 
 
-def _refuse_unknown(settings: Iterable[str], known: set[str], owner: str) -> None:
+def refuse_unknown(settings: Iterable[str], known: set[str], owner: str) -> None:
     """Raise for the first setting there is none of, with the systems that have it, or the nearest names."""
     for name in sorted(set(settings) - known):
         others = [system for system in SYSTEMS if name in _fields(find(system).algorithm_class())]
@@ -155,7 +178,7 @@ def as_dataclass(kind: Any, values: dict[str, Any]) -> Any:
         ValueError: for a setting there is none of, or a value of a wrong type.
     """
     hints = get_type_hints(kind)
-    _refuse_unknown(values, _fields(kind), kind.__name__)
+    refuse_unknown(values, _fields(kind), kind.__name__)
     fitting = {}
     for name, value in values.items():
         value = tuple(value) if isinstance(value, list) else value

@@ -8,26 +8,29 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+
+import torch
 
 from rookery.algorithms.base import Algorithm, Network
 from rookery.envs.make import pick
 from rookery.envs.vector import VectorEnv
 from rookery.layouts import fastest, rows, shown
+from rookery.learner import NonFinite, non_finite
 from rookery.run import Run, build, layout, load, threads
 from rookery.runs.account import account, condensed, flat, since
-from rookery.runs.checkpoint import Checkpoints
+from rookery.runs.checkpoint import CheckpointError, Checkpoints
 from rookery.runs.files import write_json
 from rookery.runs.folder import RunFolder
-from rookery.runs.metrics import RUNTIME, MetricsLog
+from rookery.runs.metrics import RUNTIME, MetricsError, MetricsLog
 from rookery.runs.progress import Progress
 from rookery.runs.recorder import Recorder
 from rookery.runs.sinks import open_sink
-from rookery.runtimes.arrivals import Arrivals
-from rookery.runtimes.inline import Inline
+from rookery.runtimes.arrivals import begin
+from rookery.runtimes.inline import Inline, RoleError
 from rookery.runtimes.local import Local
 from rookery.runtimes.process import leave_if_imported
 from rookery.settings import EnvLike, Options, device_of, env_name, resolve
@@ -123,7 +126,7 @@ def saved_whole(run: Run) -> dict[str, Any]:
     saved = run.saved()
     replay = run.checkpoints.replay(saved["steps"])
     if replay is not None:
-        saved["run"]["words"]["replay"]["store"] = replay
+        saved["run"]["words"].setdefault("replay", {})["store"] = replay
     return saved
 
 
@@ -143,7 +146,12 @@ def execute(
             make = make_runtime or partial(_runtime, run.path, options, keeper.step)
             runtime = make(keeper.report)
             keeper.measured = runtime.measured
-            state = runtime.run(graph, keeper.between, None if saved is None else saved["run"])
+            try:
+                state = runtime.run(graph, keeper.between, None if saved is None else saved["run"])
+            except RoleError as error:
+                if error.state is not None:
+                    keeper.rescue(error.state)
+                raise
             keeper.finish(state)
     finally:
         shutil.rmtree(run.path / REPLAY, ignore_errors=True)  # memory, not data: checkpoints have what is to be kept
@@ -169,7 +177,7 @@ def _setting(run: Run, options: Options) -> Setting:
             options.device if options.replay_memory == "device" else "cpu",
             options.save_replay,
             run._make_net.spec.stack,
-            run._make_net.spec.goal_reward,
+            run._make_net.spec,
         ),
         {"device": "cpu"} if options.device != "cpu" and options.actors_apart else {},
     )
@@ -205,7 +213,8 @@ def _runtime(path: Path, options: Options, step: int, report: Callable[..., None
     """Where the roles run; with processes it is written down who came when (`rookery rerun`)."""
     if options.runtime == "inline":
         return Inline(report)
-    return Local(report, threads=options.threads, arrivals=Arrivals(path / ARRIVALS / f"{step}-{options.steps}.bin"))
+    arrivals = begin(path / ARRIVALS, step, options.steps)
+    return Local(report, threads=options.threads, deadline=options.deadline, arrivals=arrivals)
 
 
 class Keeper:
@@ -215,12 +224,17 @@ class Keeper:
         self.run, self.options, self.quiet = run, options, quiet
         self.step = 0 if saved is None else saved["steps"]
         self._saved_at = -1 if saved is None else self.step  # the first round saves: every run can be resumed
+        self._updates = None if saved is None else _updates(saved["run"])  # that are saved
         self.signal: int | None = None
         self.reached = False  # whether the last evaluation was as good as `stop_at`
         self.measured: Callable[[], dict[str, Any]] = dict  # the runtime's
         self._measured: dict[str, Any] = {}  # the last that were written
         self._wrote = (time.monotonic(), self.step)  # and when that was
         self._seconds = 0.0 if saved is None else saved["seconds"]
+        self._anew = 0 if saved is None else saved.get("episodes_restarted", 0) + (not run._make_net.spec.saves_state)
+        self._unwritten: MetricsError | None = None  # the first time that the log took no row
+        fresh = run._make_net().state_dict().items()
+        self._finite = [name for name, value in fresh if torch.isfinite(value).all()]  # and has to stay so
         self._began, self._asked, self._last = time.monotonic(), 0.0, (self._seconds, self.step)
         log = MetricsLog(run.folder.metrics)
         log.truncate_after(self.step, None if saved is None else saved["recorder"].get("rows"))
@@ -263,9 +277,16 @@ class Keeper:
             now, (before, step_before) = self.seconds(), self._last
             rate = (step - step_before) / max(now - before, 1e-9)
             values, self._last = {**values, "seconds": now, "steps_per_second": rate}, (now, step)
-        self.recorder.report(role, index, step, values)
+        self.write(role, index, step, values)
         if role == "evaluator" and self.options.stop_at is not None:
             self.reached = values["eval_return_mean"] >= self.options.stop_at
+
+    def write(self, role: str, index: int, step: int, values: Mapping[str, Any]) -> None:
+        """Write down a row; if the log takes none, the run goes on to its next checkpoint, and stops there."""
+        try:
+            self.recorder.report(role, index, step, values)
+        except MetricsError as error:
+            self._unwritten = self._unwritten or error
 
     def between(self, steps: int, snapshot: Callable[[], dict[str, Any]]) -> bool:
         """After each round: whether to stop; with each evaluation a checkpoint."""
@@ -273,7 +294,7 @@ class Keeper:
         now, (then, before) = time.monotonic(), self._wrote
         if now - then > SOON and (now - then > LATE or crosses(before, steps, self.options.log_every)):
             self.measure()
-        if crosses(self._saved_at, steps, self.options.eval_every):
+        if self._unwritten or crosses(self._saved_at, steps, self.options.eval_every):
             self.save(snapshot())
         return self.reached or self.signal is not None
 
@@ -282,23 +303,46 @@ class Keeper:
         measured, self._wrote = self.measured(), (time.monotonic(), self.step)
         if measured["seconds"]:  # else processes are being started
             found = account(since(measured, self._measured))
-            self.recorder.report(RUNTIME, 0, self.step, {**flat(found), "measured": condensed(found)})
+            self.write(RUNTIME, 0, self.step, {**flat(found), "measured": condensed(found)})
             self._measured = measured
         return account(measured)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint, scored by the last evaluation."""
+        """Write a checkpoint, scored by the last evaluation.
+
+        Raises:
+            NonFinite: in place of one whose weights are not finite.
+            MetricsError: after it, if a row could not be written before.
+        """
         self.step = state["steps"]  # roles that are not in this process finish what they are at, and come further
+        self._updates = _updates(state)
+        self._refuse_non_finite(state["roles"])
         replay = state["words"].get("replay", {}).pop("store", None)
         kept = {"run": state, "recorder": self.recorder.state(), "steps": self.step, "seconds": self.seconds()}
+        kept["episodes_restarted"] = self._anew
         self.run.checkpoints.save(self.step, kept, self.recorder.summary()["eval_return_mean"], replay)
         self._saved_at = self.step
+        if self._unwritten:
+            raise self._unwritten
+
+    def _refuse_non_finite(self, roles: dict[str, Any]) -> None:
+        """Weights that a step itself made infinite would be noticed at the next gradient alone."""
+        for kept in roles.values():
+            for name in self._finite if "net" in kept else ():
+                if not torch.isfinite(kept["net"][name]).all():
+                    raise non_finite(f"the weights {name}", kept["counts"]["updates"], self.step)
+
+    def rescue(self, state: dict[str, Any]) -> None:
+        """A checkpoint of a run that has failed, unless the last one has come as far."""
+        if state["steps"] > self._saved_at:
+            with contextlib.suppress(NonFinite, CheckpointError):  # what ended the run is what is to be told
+                self.save(state)
 
     def finish(self, state: dict[str, Any]) -> None:
-        """The last checkpoint, the last evaluation, the summary and the pictures."""
+        """The last checkpoint, the last evaluation and the summary."""
         self.step = state["steps"]
         measured = self.measure()
-        if self._saved_at != self.step:
+        if self._unwritten or self._saved_at != self.step or self._updates != _updates(state):
             self.save(state)
         run, options, seconds = self.run, self.options, self.seconds()
         run.signal = self.signal
@@ -317,12 +361,19 @@ class Keeper:
                 "steps_per_second": self.step / max(seconds, 1e-9),
                 **self.recorder.summary(),
                 **{name: measured[name] for name in MEASURED},
+                "episodes_restarted": self._anew,
                 "device": options.device,
                 "backend": spec.backend,
                 "interrupted": run.interrupted,
                 "versions": config["versions"],
             }
         )
+
+
+def _updates(state: dict[str, Any]) -> int | None:
+    """Of the first learner."""
+    counts = state["roles"].get("learner_0", {}).get("counts", {})
+    return cast("int | None", counts.get("updates"))
 
 
 def _is_ours(name: str, algorithm: Algorithm) -> bool:

@@ -124,6 +124,14 @@ def test_offpolicy_learning(tmp_path: Path) -> None:
     assert {run["kind"] for run in result["runs"]} == {"ours", "sb3"}
 
 
+def test_intervals_over_few_seeds_are_of_students_t(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    from offpolicy_learning import interval
+
+    assert interval([1_000.0, 1_100.0, 1_200.0]) == "1,100 (852 to 1,348)"  # 4.303 · 100 / √3 either side
+    assert interval([1_000.0]) == "1,000"
+
+
 @pytest.mark.slow
 def test_replay_throughput(tmp_path: Path) -> None:
     pytest.importorskip("stable_baselines3")

@@ -101,6 +101,7 @@ def test_the_recipe_is_where_flags_begin(say: Any) -> None:
     assert "clipped" in said.out or "ε" in said.out
     plain = say("train", "ppo", "CartPole-v1", "--no-recipe", "--help")
     assert f"(default: {rookery.PPO().lr}" in plain.out.replace("│", "")
+    assert say("train", "ppo", "CartPole-v1", "--no_recipe", "--help").out == plain.out
 
 
 def test_resume(say: Any, trained: list[Path], tmp_path: Path) -> None:
@@ -155,6 +156,8 @@ def test_video(index: int, say: Any, trained: list[Path]) -> None:
 def test_list(say: Any) -> None:
     systems = say("list", "systems").out.splitlines()
     assert [line.split()[0] for line in systems] == list(rookery.SYSTEMS)
+    for line, system in zip(systems, rookery.SYSTEMS.values(), strict=True):
+        assert line.index(system.topology, len(system.name)) == max(map(len, rookery.SYSTEMS)) + 1
     envs = say("list", "envs").out.split()
     assert {"tensor:CartPole-v1", "gym:CartPole-v1"} <= set(envs)
     assert len(envs) == len(set(envs))
@@ -241,6 +244,9 @@ def test_train_help_has_a_title_for_each_group(say: Any) -> None:
         ("train ppo tensor:CartPoel-v1", "the nearest are CartPole-v1"),
         ("train ppo tensor:CartPole-v1 --minibatches 7", "minibatches=7 does not divide the"),
         ("train ppo tensor:CartPole-v1 --env-options gravity=3", "CartPole-v1 has no option 'gravity'"),
+        ("train ppo tensor:CartPole-v1 --stepz 3", "stepz: no setting of ppo; nearest: steps"),
+        ("train dqn CartPole-v1 --memory lstm", "memory: no setting of dqn, but of ppo, a2c"),
+        ("train dqn tensor:Pendulum-v1 --steps 512", "chooses among a fixed number of actions"),
         ("list", "say `rookery list systems` or `rookery list envs`"),
         ("list runs", "say `rookery list systems` or `rookery list envs`"),
         ("plot", "plot takes one run folder or several"),
@@ -259,19 +265,24 @@ def test_a_mistake_is_one_sentence(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--stepz 3", "--steps"),
-        ("--lr fast", "fast"),
-        ("--memory lstmm", "lstm"),
-        ("--envs 3.5", "3.5"),
-        ("--steps 0", "use 1 or more"),
+        ("--lr fast", "Error parsing --lr: "),
+        ("--memory lstmm", "Expected one of ('none', "),
+        ("--envs 3.5", "Error parsing --envs: "),
+        ("--steps 0", "steps=0 is too small; use 1 or more"),
     ],
 )
-def test_a_wrong_flag_is_refused(flags: str, message: str, say: Any) -> None:
-    """By the parser, in its own form, with the nearest flags or the choices."""
+def test_a_wrong_value_is_refused(flags: str, message: str, say: Any) -> None:
+    """By the parser, in its own form, with what is wanted."""
     said = say("train", "ppo", "tensor:CartPole-v1", *flags.split())
     assert said.status == 2
-    assert message in said.err + said.out
+    assert message in unboxed(said.err)
     assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("episodes", [0, -3])
+def test_no_episodes(episodes: int, say: Any, trained: list[Path]) -> None:
+    said = refused(say("eval", trained[0], "--episodes", episodes))
+    assert f"episodes={episodes} plays nothing; use 1 or more." in said
 
 
 # What went wrong: one sentence, status 1

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import rookery
 from rookery import PPO
-from rookery.algorithms.base import Batch, Loss, Now, Refused
+from rookery.algorithms.base import Batch, Loss, Now, OnPolicy, Refused
 from rookery.envs.spec import EnvSpec
 from rookery.envs.tensor.classic_control import CartPole
 from rookery.envs.vector import EnvError, Obs, Step
@@ -255,6 +255,16 @@ def test_own_environment(env: Any, tmp_path: Path) -> None:
     assert again.summary["steps"] >= 128
 
 
+def test_episodes_that_begin_anew_are_counted(trained: rookery.Run, tmp_path: Path) -> None:
+    """Where the environment cannot save its state, quiet or not."""
+    run = train(tmp_path / "run", Coin)
+    for times, steps in enumerate((96, 128, 160)):
+        again = rookery.resume(run.path, steps=steps, env=Coin, quiet=True)
+        assert again.summary["episodes_restarted"] == times
+    again = rookery.resume(copy_of(trained, tmp_path / "saved"), steps=128, quiet=True)
+    assert again.summary["episodes_restarted"] == 0
+
+
 def test_an_object_gives_each_lane_its_own_copy(tmp_path: Path) -> None:
     env = Coin()
     env.reset(seed=0)
@@ -354,6 +364,12 @@ def test_an_algorithm_object_needs_no_name(tmp_path: Path) -> None:
         ({"unroll": 0}, r"unroll=0 leaves nothing to learn from"),
         ({"env_options": ("max_steps",)}, r"env_options has 'max_steps', and takes name=value"),
         ({"env_options": {"gravity_": 3}}, r"CartPole-v1 has no option 'gravity_'; it takes"),
+        ({"env_options": {"device": "cpu"}}, r"which the run itself sets; use the option device"),
+        ({"env_options": ("seed=3",)}, r"env_options has 'seed=3', which the run itself sets; use the option seed"),
+        ({"env_options": ("lanes=3",)}, r"use the option envs"),
+        ({"env_options": ("render=true",)}, r"leave it out, for a video draws anyhow"),
+        ({"env_options": ("workers=x",)}, r"workers='x'; use a whole number, such as workers=2"),
+        ({"device": "tpu"}, r"device='tpu' is none that torch knows; use 'auto', 'cpu' or 'cuda'"),
         ({"sinks": ("tensorbord",)}, r"sinks=\('tensorbord',\) is not"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -378,6 +394,25 @@ def test_minibatches_that_do_not_divide(settings: dict[str, Any], tmp_path: Path
     assert not (tmp_path / "run").exists()
     advice = int(re.search(r"use (\d+) instead", str(caught.value))[1])
     assert train(tmp_path / "run", **{**settings, "minibatches": advice}).summary["steps"] >= 96
+
+
+@dataclass(frozen=True)
+class Shuffled(PPO):
+    """Forgets that rows with memory have to be learnt from in order."""
+
+    @property
+    def plan(self) -> OnPolicy:
+        return dataclasses.replace(super().plan, sequences=False)
+
+
+def test_memory_that_is_learnt_from_single_rows(tmp_path: Path) -> None:
+    with pytest.raises(
+        Refused, match=r"network of Shuffled has a memory, .* give the plan sequences=True, or"
+    ) as caught:
+        train(tmp_path / "run", system=Shuffled(**LEARN, memory="lstm", memory_size=4))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    train(tmp_path / "run", system=Shuffled(**LEARN), steps=16)
 
 
 def test_lanes_that_do_not_divide_with_memory(tmp_path: Path) -> None:
@@ -446,7 +481,7 @@ def test_an_environment_that_fails_midway(fault: str, message: str, tmp_path: Pa
 
 
 class BadVector(CartPole):
-    """A user's vector environment that nothing checks, and whose lane 2 goes wrong at step 6."""
+    """A user's tensor environment, whose lane 2 goes wrong at step 6."""
 
     id = "BadVector-v0"
     calls = 0
@@ -465,9 +500,16 @@ class BadVector(CartPole):
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("nan", "the batch's obs is not"), ("reward", "the batch's advantage is not"), ("shape", "actor 0 failed")],
+    [
+        (
+            "nan",
+            r"BadVector-v0 gave obs that is not finite in lane 2 at step 6 of its episode \(row 1 of the unroll\): \[",
+        ),
+        ("reward", r"BadVector-v0 gave reward that is not finite in lane 2 at step 6 of .*: \[inf\]"),
+        ("shape", "actor 0 failed"),
+    ],
 )
-def test_a_vector_environment_that_nothing_checks(fault: str, message: str, tmp_path: Path) -> None:
+def test_a_tensor_environment_is_looked_at_once_an_unroll(fault: str, message: str, tmp_path: Path) -> None:
     env = BadVector(4)
     env.fault = fault
     path = tmp_path / "run"
@@ -484,6 +526,13 @@ def test_weights_that_explode(tmp_path: Path) -> None:
         train(path, lr=1e30)
     assert isinstance(caught.value.__cause__, NonFinite)
     survivor(path).evaluate(2)
+
+
+def test_weights_that_overflow_in_a_step_are_never_saved(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(NonFinite, match=r"^the weights .* is not finite at update 1 \(step 16\); the run"):
+        train(path, system=rookery.A2C(unroll=4, hidden=(8,), lr=1e38), eval_every=16)
+    survivor(path)
 
 
 @dataclass(frozen=True)
@@ -520,11 +569,11 @@ def test_a_disk_that_fills_up_during_a_checkpoint(tmp_path: Path, monkeypatch: p
         save_file(tensors, file)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(CheckpointError, match="could not be written: No space left on device; what was saved before"):
+    with pytest.raises(CheckpointError, match=r"No space left on device; .* What was saved before is intact: resume"):
         train(path)
     monkeypatch.undo()
     run = survivor(path)
-    assert len(run.checkpoints.steps()) == 2
+    assert run.checkpoints.steps()[-1] >= 32  # the older one was given up in vain
     whole = train(tmp_path / "whole")
     again = rookery.resume(path, quiet=True)
     for name, value in whole.net().state_dict().items():
@@ -543,12 +592,14 @@ def test_a_disk_that_fills_up_during_metrics(tmp_path: Path, monkeypatch: pytest
         append(log, row)
 
     monkeypatch.setattr(MetricsLog, "append", full)
-    with pytest.raises(RoleError, match=r"metrics.jsonl could not be written: No space left on device") as caught:
-        train(tmp_path / "run")
-    assert isinstance(caught.value.__cause__, MetricsError)
+    with pytest.raises(MetricsError, match=r"metrics.jsonl could not be written: No space left on device"):
+        train(tmp_path / "run", eval_every=1000)
     monkeypatch.undo()
-    survivor(tmp_path / "run")
-    assert rookery.resume(tmp_path / "run", quiet=True).summary["steps"] >= 96
+    assert survivor(tmp_path / "run").checkpoints.steps()[-1] > 0  # where it stood, and not where it began
+    whole, again = train(tmp_path / "whole", eval_every=1000), rookery.resume(tmp_path / "run", quiet=True)
+    assert again.summary["episodes"] == whole.summary["episodes"]
+    for name, value in whole.net().state_dict().items():
+        assert torch.equal(value, again.net().state_dict()[name])
 
 
 def test_a_failed_run_leaves_the_process_as_it_was(tmp_path: Path) -> None:
@@ -609,6 +660,13 @@ def test_training_in_another_thread(tmp_path: Path) -> None:
 
 # What was tampered with
 
+STATE: dict[str, Any] = {
+    "run": {"roles": {"learner_0": {"net": {"a": torch.ones(3)}}}, "words": {}, "steps": 96},
+    "recorder": {"episodes": 1, "returns": [9.0], "evaluation": {}, "steps": {}, "lags": {}, "rows": 3},
+    "steps": 96,
+    "seconds": 1.0,
+}
+
 
 def test_damaged_checkpoints(trained: rookery.Run, tmp_path: Path) -> None:
     path = copy_of(trained, tmp_path / "run")
@@ -637,15 +695,28 @@ def test_damaged_checkpoints(trained: rookery.Run, tmp_path: Path) -> None:
         {"run": 3, "recorder": {}, "steps": 96, "seconds": 1.0},
         {"run": {"roles": {}}, "recorder": {}, "steps": 96, "seconds": 1.0},
         {"run": {"roles": {"learner_0": {"net": {"a": torch.ones(3)}}}}, "recorder": {}, "steps": 96, "seconds": 1.0},
+        {**STATE, "steps": "96"},
+        {**STATE, "recorder": {**STATE["recorder"], "rows": "all"}},
     ],
-    ids=["nothing", "number", "no learner", "another network"],
+    ids=["nothing", "number", "no learner", "another network", "steps", "rows"],
 )
 def test_a_checkpoint_of_something_else(state: dict[str, Any], trained: rookery.Run, tmp_path: Path) -> None:
     """Written by our own code, with right checksums, and still no state of this run."""
     path = copy_of(trained, tmp_path / "run")
     rookery.load(path).checkpoints.save(10**6, state)
-    with pytest.raises(CheckpointError, match=r"is no run's|do not fit its network"):
+    for use in (lambda: rookery.load(path).evaluate(2), lambda: rookery.resume(path, steps=2 * 10**6, quiet=True)):
+        with pytest.raises(CheckpointError, match=r"is no run's: it has no usable /\w+"):
+            use()
+
+
+def test_a_checkpoint_of_another_network(trained: rookery.Run, tmp_path: Path) -> None:
+    """In form a run's, and what its roles have saved is another's."""
+    path = copy_of(trained, tmp_path / "run")
+    rookery.load(path).checkpoints.save(10**6, STATE)
+    with pytest.raises(CheckpointError, match=r"do not fit its network"):
         rookery.load(path).evaluate(2)
+    with pytest.raises(RoleError, match=r"learner 0 .* is not one that it can go on from \(RuntimeError"):
+        rookery.resume(path, steps=2 * 10**6, quiet=True)
 
 
 @pytest.mark.parametrize(

@@ -14,18 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from rookery.algorithms.base import (
-    Acted,
-    Algorithm,
-    Batch,
-    Explore,
-    Loss,
-    Network,
-    Now,
-    OnPolicy,
-    scaled_reward,
-    update_norms,
-)
+from rookery.algorithms.base import Acted, Algorithm, Batch, Explore, Loss, Network, Now, OnPolicy
 from rookery.estimators import gae, valid_mean
 from rookery.nn.adam import Optimizer
 
@@ -72,7 +61,7 @@ class A2C(Algorithm):
         return Acted(action, {"value": value}, state)
 
     def prepare(self, net: ActorCritic, unroll: Batch) -> Batch:
-        value, reward = unroll["value"], scaled_reward(net, unroll)
+        value, reward = unroll["value"], net.scaled_reward(unroll)
         terminated, truncated = unroll["terminated"][:-1], unroll["truncated"][:-1]
         advantage = gae(reward, value[:-1], value[1:], terminated, terminated | truncated, self.gamma, self.lam)
         kept = {name: unroll[name][:-1] for name in ("obs", "action", "valid", "start")}
@@ -91,7 +80,7 @@ class A2C(Algorithm):
         return Loss(loss, {name: value.detach() for name, value in metrics.items()})
 
     def finish(self, net: ActorCritic, unroll: Batch) -> None:
-        update_norms(net, unroll)
+        net.update_norms(unroll)
 
     def optimizer(self, parameters: list[nn.Parameter], lr: Tensor) -> Optimizer:
         return torch.optim.RMSprop(parameters, lr=lr, alpha=0.99, eps=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -34,8 +35,6 @@ __all__ = [
     "Target",
     "flat",
     "sampled",
-    "scaled_reward",
-    "update_norms",
     "with_last",
 ]
 
@@ -89,10 +88,20 @@ class Target(NamedTuple):
     tau: float = 1.0  # τ; 1 copies
 
 
-# Settings by name, and what they have to be.
-POSITIVE = {"lr", "max_grad_norm", "clip", "target_kl", "memory_size", "target_period", "tau"}
+# Settings by name, and what they have to be; the data plan checks its own.
+POSITIVE = {"lr", "actor_lr", "dual_lr", "adam_eps", "max_grad_norm", "clip", "target_kl", "tau", "kappa", "std"}
+POSITIVE |= {"sigma_last", "epsilon_mean", "epsilon_std", "epsilon_penalty"}
 SHARES = {"gamma", "lam", "tau", "epsilon", "epsilon_start"}
-NOT_NEGATIVE = {"value_coef", "entropy_coef"}
+NOT_NEGATIVE = {"value_coef", "entropy_coef", "temperature", "sigma", "smoothing", "smoothing_clip", "ladder"}
+NOT_NEGATIVE |= {"epsilon_steps"}
+COUNTS = {"memory_size", "unrolls", "policy_delay", "critics", "target_critics", "samples", "atoms", "quantiles"}
+COUNTS |= {"target_quantiles", "acting_quantiles"}
+BOUNDS: tuple[tuple[set[str], Callable[[float], bool], str], ...] = (
+    (POSITIVE, lambda value: value > 0, "above 0"),
+    (SHARES, lambda value: 0 <= value <= 1, "between 0 and 1"),
+    (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+    (COUNTS, lambda value: value >= 1, "1 or more"),
+)
 
 
 class Algorithm:
@@ -107,16 +116,20 @@ class Algorithm:
         for name, value in vars(self).items():
             if value is None:
                 continue
-            if name in POSITIVE and not value > 0:
-                raise Refused(f"{name}={value} has to be above 0.")
-            if name in SHARES and not 0 <= value <= 1:
-                raise Refused(f"{name}={value} has to be between 0 and 1.")
-            if name in NOT_NEGATIVE and not value >= 0:
-                raise Refused(f"{name}={value} has to be 0 or more.")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise Refused(f"{name}={value} has to be a finite number.")
+            for names, holds, words in BOUNDS:
+                if name in names and not holds(value):
+                    raise Refused(f"{name}={value} has to be {words}.")
             if get_origin(hints.get(name)) is Literal and value not in get_args(hints[name]):
                 raise Refused(f"{name}={value!r} is not {' or '.join(map(repr, get_args(hints[name])))}.")
             if name == "hidden" and min(value, default=1) < 1:
                 raise Refused(f"hidden={value} has a layer without units; use sizes of 1 or more.")
+            if name == "sigma_last" and vars(self)["sigma"] == 0:
+                raise Refused(f"sigma_last={value} ends a ladder that cannot begin at sigma=0; use a sigma above 0.")
+        _, target = self.plan, self.target  # a plan refuses what it cannot work with itself
+        if target is not None and target.period < 1:
+            raise Refused(f"target_period={target.period} has to be 1 or more.")
 
     lr: float  # the optimiser's step size
     max_grad_norm: float | None  # global norm the gradient is clipped to
@@ -204,27 +217,9 @@ def sampled(algorithm: Algorithm, net: PolicyNet, lanes: int, generator: torch.G
     return Explore(net.draw((lanes,), generator), place + algorithm.exploration(sys.maxsize, place))
 
 
-def scaled_reward(net: Any, unroll: Batch) -> Tensor:
-    """The reward `[T, B]`, divided by the running deviation of the discounted return if the network keeps one."""
-    reward = unroll["reward"][:-1]
-    return reward if net.return_norm is None else net.return_norm.scale(reward)
-
-
 def with_last(action: Obs) -> Obs:
     """Actions `[T+1, B, ...]` of an unroll, whose last row has none, with that of the row before there instead.
 
     For asking a network about all rows at once; what it says of the last action means nothing.
     """
     return torch.cat([action[:-1], action[-2:-1]])
-
-
-def update_norms(net: Any, unroll: Batch) -> None:
-    """Merge an unroll's observations and discounted returns into the network's running statistics, if it keeps any.
-
-    After the batch's last update, so that all of its minibatches are normalised as its actions were.
-    """
-    valid = unroll["valid"][:-1]
-    if net.norm is not None:
-        net.norm.update(unroll["obs"][:-1], valid)
-    if net.return_norm is not None:
-        net.return_norm.update(unroll["discounted_return"][:-1], valid)

@@ -16,19 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from rookery.algorithms.base import (
-    Acted,
-    Algorithm,
-    Batch,
-    Explore,
-    Loss,
-    Network,
-    Now,
-    OnPolicy,
-    scaled_reward,
-    update_norms,
-    with_last,
-)
+from rookery.algorithms.base import Acted, Algorithm, Batch, Explore, Loss, Network, Now, OnPolicy, with_last
 from rookery.estimators import valid_mean, vtrace
 from rookery.nn.adam import Optimizer
 
@@ -80,7 +68,7 @@ class IMPALA(Algorithm):
     def prepare(self, net: ActorCritic, unroll: Batch) -> Batch:
         kept = {name: unroll[name][:-1] for name in ("log_prob", "terminated", "truncated", "valid")}
         rows = {name: unroll[name] for name in ("obs", "start", "state")}
-        return {**kept, **rows, "action": with_last(unroll["action"]), "reward": scaled_reward(net, unroll)}
+        return {**kept, **rows, "action": with_last(unroll["action"]), "reward": net.scaled_reward(unroll)}
 
     def loss(self, net: ActorCritic, target: None, batch: Batch, now: Now) -> Loss:
         valid, terminated = batch["valid"], batch["terminated"]
@@ -104,7 +92,7 @@ class IMPALA(Algorithm):
         return Loss(loss, {name: value.detach() for name, value in metrics.items()})
 
     def finish(self, net: ActorCritic, unroll: Batch) -> None:
-        update_norms(net, unroll)
+        net.update_norms(unroll)
 
     def optimizer(self, parameters: list[nn.Parameter], lr: Tensor) -> Optimizer:
         return torch.optim.RMSprop(parameters, lr=lr, alpha=0.99, eps=1e-5)

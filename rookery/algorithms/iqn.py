@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rookery.algorithms.base import Batch, Loss, Network, Now, Refused
+from rookery.algorithms.base import Batch, Loss, Network, Now
 from rookery.algorithms.off_policy import QLearning, expected, greedy_next, of_action, q_loss
 from rookery.estimators import quantile_huber
 
@@ -36,12 +36,6 @@ class IQN(QLearning):
     target_quantiles: int = 64  # N', fractions drawn for their targets
     acting_quantiles: int = 32  # K, fractions that choose actions
     kappa: float = 1.0  # κ of the Huber loss; towards 0, exact quantiles
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("quantiles", "target_quantiles", "acting_quantiles", "kappa"):
-            if not getattr(self, name) > 0:
-                raise Refused(f"{name}={getattr(self, name)} has to be above 0.")
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ImplicitQNet:
         from rookery.nn.q_net import ImplicitQNet

@@ -94,7 +94,11 @@ class OffPolicy(Algorithm):
 
 @dataclass(frozen=True)
 class QLearning(OffPolicy):
-    """Settings of Q-learning with a `QNet`, by default those of Mnih et al. 2015, and how it acts."""
+    """Settings of Q-learning with a `QNet`, and how it acts.
+
+    Batch, updates a step and the target's period are by default those of Mnih et al. 2015. Adam's step size, ε and
+    its steps, and the start are not: they suit runs of 10⁵ steps, and recipes for Atari have the paper's ε and start.
+    """
 
     lr: float = 1e-4  # Adam's step size
     adam_eps: float = 1e-8  # ε in Adam's denominator

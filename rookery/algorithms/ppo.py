@@ -17,19 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from rookery.algorithms.base import (
-    Acted,
-    Algorithm,
-    Batch,
-    Explore,
-    Loss,
-    Network,
-    Now,
-    OnPolicy,
-    scaled_reward,
-    update_norms,
-    with_last,
-)
+from rookery.algorithms.base import Acted, Algorithm, Batch, Explore, Loss, Network, Now, OnPolicy, with_last
 from rookery.estimators import Limits, gae, valid_mean, vtrace
 from rookery.nn.adam import Adam, Optimizer
 
@@ -59,6 +47,7 @@ class PPO(Algorithm):
     entropy_coef: float = 0.01  # c₂, weight of the entropy bonus
     max_grad_norm: float | None = 0.5  # global norm of the gradient
     target_kl: float | None = None  # leave out the rest of a batch's updates past this KL
+    std: float = 1.0  # σ of the first policy, of actions in [-1, 1]
     hidden: tuple[int, ...] = (64, 64)  # units of the MLP's layers
     activation: Literal["tanh", "relu", "silu"] = "tanh"  # of those layers
     memory: Literal["none", "lstm", "gru"] = "none"  # recurrent core
@@ -76,7 +65,9 @@ class PPO(Algorithm):
         from rookery.nn.actor_critic import ActorCritic
 
         shape = (self.hidden, self.activation, self.memory, self.memory_size)
-        return ActorCritic(spec, *shape, self.normalize_obs, self.normalize_reward, network)
+        net = ActorCritic(spec, *shape, self.normalize_obs, self.normalize_reward, network)
+        net.set_std(self.std)
+        return net
 
     def act(self, net: ActorCritic, obs: Obs, state: Tensor, explore: Explore | None) -> Acted:
         (policy, value), state = net(obs, state)
@@ -86,7 +77,7 @@ class PPO(Algorithm):
         return Acted(action, {"log_prob": policy.log_prob(action), "value": value}, state)
 
     def prepare(self, net: ActorCritic, unroll: Batch) -> Batch:
-        value, reward = unroll["value"], scaled_reward(net, unroll)
+        value, reward = unroll["value"], net.scaled_reward(unroll)
         terminated, truncated = unroll["terminated"][:-1], unroll["truncated"][:-1]
         ended = terminated | truncated
         kept = {name: unroll[name][:-1] for name in ("obs", "action", "log_prob", "value", "valid", "start")}
@@ -134,7 +125,7 @@ class PPO(Algorithm):
         return Loss(loss, metrics, stop=None if self.target_kl is None else kl > self.target_kl)
 
     def finish(self, net: ActorCritic, unroll: Batch) -> None:
-        update_norms(net, unroll)
+        net.update_norms(unroll)
 
     def optimizer(self, parameters: list[nn.Parameter], lr: Tensor) -> Optimizer:
         return Adam(parameters, lr, eps=1e-5)

@@ -35,8 +35,8 @@ class QRDQN(QLearning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.quantiles < 2 or not self.kappa > 0:
-            raise Refused(f"quantiles={self.quantiles} and kappa={self.kappa} have to be at least 2 and above 0.")
+        if self.quantiles < 2:
+            raise Refused(f"quantiles={self.quantiles} cannot hold a distribution; use 2 or more.")
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> QNet:
         from rookery.nn.q_net import QNet

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rookery.algorithms.base import Acted, Batch, Explore, Loss, Network, Now, Part
+from rookery.algorithms.base import Acted, Batch, Explore, Loss, Network, Now, Part, Target
 from rookery.algorithms.continuous import actor_critic_parts, gaussian_scale, normal_noise, with_noise
 from rookery.algorithms.off_policy import OffPolicy, expected, weighted_mean
 
@@ -37,7 +37,7 @@ class TD3(OffPolicy):
     smoothing: float = 0.2  # σ of the noise on the target's actions (section 6.1)
     smoothing_clip: float = 0.5  # c, where that noise is clipped (section 6.1)
     policy_delay: int = 2  # d, updates of the critics for one of actor and target (section 6.1)
-    target_period: int = 2  # updates between moves of the target network: with the actor
+    target_period: int = 0  # updates between moves of the target network; 0 moves it with the actor (algorithm 1)
     critics: int = 2  # the lowest of them is the target's
     layer_norm: bool = False  # in the critics
 
@@ -48,6 +48,10 @@ class TD3(OffPolicy):
         return ActorCritics(
             spec, "deterministic", layers, self.critics, normalize_obs=self.normalize_obs, network=network
         )
+
+    @property
+    def target(self) -> Target:
+        return Target(self.target_period or self.policy_delay, self.tau)
 
     def parts(self, net: ActorCritics) -> dict[str, Part]:
         return actor_critic_parts(net, self.actor_lr, self.policy_delay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 __all__ = ["PER_SAMPLE", "OnPolicy", "Refused", "ReplayPlan"]
@@ -64,11 +65,12 @@ class ReplayPlan:
     hindsight: float = 0.0  # share of samples whose goal is one the episode reached later
 
     def __post_init__(self) -> None:
-        for name in ("capacity", "batch", "learning_starts", "n_step"):
-            if getattr(self, name) < 1:
-                raise Refused(f"{name}={getattr(self, name)} is too small; use 1 or more.")
-        if not self.updates_per_step > 0:
-            raise Refused(f"updates_per_step={self.updates_per_step} never learns; use more than 0.")
+        least_of = dict.fromkeys(("capacity", "batch", "learning_starts", "n_step"), 1)
+        for name, least in (least_of | dict.fromkeys(("unroll", "ahead"), 0)).items():
+            if getattr(self, name) < least:
+                raise Refused(f"{name}={getattr(self, name)} is too small; use {least} or more.")
+        if not 0 < self.updates_per_step < math.inf:
+            raise Refused(f"updates_per_step={self.updates_per_step} is no rate to learn at; use a number above 0.")
         for name in ("gamma", "alpha", "beta", "hindsight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise Refused(f"{name}={getattr(self, name)} has to be between 0 and 1.")

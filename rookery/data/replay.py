@@ -17,7 +17,8 @@ from rookery.data.plan import ReplayPlan
 from rookery.data.samples import FLAGS, SPAN, Hindsight, Samples, Sequences, Transitions
 from rookery.data.storage import Key, Memory, Ring, allocator, leaves, nested
 from rookery.data.sum_tree import SumTree
-from rookery.envs.spec import GoalReward
+from rookery.envs.spec import EnvSpec
+from rookery.envs.spec import leaves as leaf_spaces
 from rookery.envs.vector import Obs
 
 __all__ = ["ReplayBuffer", "check_priorities"]
@@ -47,7 +48,7 @@ class ReplayBuffer:
         memory: "ram"; "shared" with the processes that are handed the buffer after its first insert; or the folder of
             memory-mapped files.
         device: of the memory, and of the samples.
-        goal_reward: the reward `[N]` of `achieved` goals when others were `desired`; of use to `plan.hindsight` only.
+        spec: of the environment, for the reward of goals (`plan.hindsight`), and to know a saved replay of another.
 
     Raises:
         ValueError: for settings that cannot work, alone or together.
@@ -63,10 +64,10 @@ class ReplayBuffer:
         stack: int = 1,
         memory: Memory = "ram",
         device: torch.device | str = "cpu",
-        goal_reward: GoalReward | None = None,
+        spec: EnvSpec | None = None,
     ) -> None:
-        _check_plan(plan, lanes * writers, stack, goal_reward)
-        self.plan, self.lanes, self.writers, self.stack = plan, lanes, writers, stack
+        _check_plan(plan, lanes * writers, stack, spec)
+        self.plan, self.lanes, self.writers, self.stack, self.spec = plan, lanes, writers, stack, spec
         self.device = torch.device(device)
         allocate = allocator(memory, self.device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -75,8 +76,8 @@ class ReplayBuffer:
         self._frames = StackedFrames(ring, stack) if stack > 1 else None
         observations = self._frames or Observations(ring)
         self._samples: Samples
-        if plan.hindsight and goal_reward is not None:
-            self._samples = Hindsight(ring, observations, plan, goal_reward)
+        if plan.hindsight and spec is not None and spec.goal_reward is not None:
+            self._samples = Hindsight(ring, observations, plan, spec.goal_reward)
         else:
             self._samples = (Sequences if plan.sequence else Transitions)(ring, observations, plan)
         self._tree = SumTree(ring.cells, allocate) if plan.alpha > 0 else None
@@ -374,7 +375,7 @@ class ReplayBuffer:
         """Refuse what `load_state` cannot load.
 
         Raises:
-            ValueError: for the state of a buffer with another layout or other columns.
+            ValueError: for the state of a buffer with another layout, other columns or of another environment.
         """
         mine = self._layout()
         other = {name: value for name, value in state["layout"].items() if mine.get(name) != value}
@@ -382,6 +383,8 @@ class ReplayBuffer:
             wanted = {name: mine.get(name) for name in other}
             raise ValueError(f"the saved replay has {other} where this one has {wanted}; give both the same settings.")
         columns = dict(leaves(state["columns"]))
+        if self.spec is not None and columns:
+            _check_shapes(columns, self.spec, self.stack)
         if self._ring.columns and columns:
             _check_looks(_looks_of(columns), _looks_of(self._ring.columns), "the saved replay")
 
@@ -413,15 +416,16 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other) or torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-def _check_plan(plan: ReplayPlan, lanes: int, stack: int, goal_reward: GoalReward | None) -> None:
+def _check_plan(plan: ReplayPlan, lanes: int, stack: int, spec: EnvSpec | None) -> None:
     plan.check(lanes)
     if not 1 <= stack <= 64:
         raise ValueError(f"stack={stack} is no number of frames; use 1 to 64.")
     if plan.sequence > torch.iinfo(torch.int16).max:
         raise ValueError(f"sequence={plan.sequence} is too long; use at most {torch.iinfo(torch.int16).max} steps.")
-    if plan.hindsight and goal_reward is None:
+    if plan.hindsight and (spec is None or spec.goal_reward is None):
         raise ValueError(
-            f"hindsight={plan.hindsight} needs to know what a goal is worth; give goal_reward(achieved, desired)."
+            f"hindsight={plan.hindsight} needs to know what a goal is worth; give goal_reward(achieved, desired) in a "
+            "spec."
         )
     if plan.hindsight and stack > 1:
         raise ValueError(f"hindsight={plan.hindsight} reads goals from structures, not from stacks; use stack=1.")
@@ -442,6 +446,20 @@ def _check_looks(looks: Looks, mine: Looks, who: str) -> None:
             raise ValueError(
                 f"{who} has {seen} a lane as {'.'.join(key)!r} where this buffer stores {wanted}; give rows like those "
                 "of the first insert."
+            )
+
+
+def _check_shapes(columns: Mapping[Key, Tensor], spec: EnvSpec, stack: int) -> None:
+    """Refuse saved observations and actions that are not of this environment's shapes."""
+    for name, space in (("obs", spec.obs_space), ("action", spec.action_space)):
+        saved = {".".join(key): [*leaf.shape[2:]] for key, leaf in columns.items() if key[0] == name}
+        wanted = {".".join((name, *key)): [*(leaf.shape or ())] for key, leaf in leaf_spaces(space).items()}
+        if name == "obs" and stack > 1:
+            wanted[name][0] //= stack  # each frame is stored once
+        if saved != wanted:
+            raise ValueError(
+                f"the saved replay has {saved} a lane where {spec.id} has {wanted}; resume with the environment that "
+                "the checkpoint is of."
             )
 
 

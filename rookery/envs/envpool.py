@@ -33,11 +33,19 @@ UNLIMITED = 2**31 - 1  # EnvPool's max_episode_steps where it has no limit
 
 
 def envpool_ids() -> list[str]:
-    """Every id EnvPool has; empty where EnvPool is not installed."""
+    """Every id EnvPool has; empty where EnvPool is not installed.
+
+    Raises:
+        EnvError: where it is installed but broken.
+    """
     try:
         import envpool
-    except ImportError:
-        return []
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "envpool":
+            return []
+        raise EnvError(
+            f"EnvPool is installed but cannot be imported: {error}; mend or uninstall it, or ask for 'gym:ID'."
+        ) from error
     return list(envpool.list_all_envs())
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any, ClassVar, NoReturn
 
 import gymnasium
@@ -29,7 +30,7 @@ from rookery.envs.native import agent_space, lane_seeds
 from rookery.envs.spec import EnvSpec, leaves
 from rookery.envs.vector import EnvError, Obs, Step, VectorEnv
 
-__all__ = ["GymEnv", "gym_ids", "register_namespace"]
+__all__ = ["GymEnv", "gym_ids", "imported", "register_namespace"]
 
 SUCCESS = "is_success"  # info that goal-conditioned environments have
 FAREWELL = 2.0  # seconds a worker has to close its environments before it is killed
@@ -329,16 +330,32 @@ def _maker(source: Any, lanes: int, workers: int, env_kwargs: dict[str, Any]) ->
     return Maker(source, env_kwargs)
 
 
+def imported(module: str) -> ModuleType:
+    """The module of this name.
+
+    Raises:
+        ValueError: for whatever is raised as it is imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # what stands in a user's file
+        advice = "run where it is, or install it" if isinstance(error, ImportError) else "mend it"
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the module {module!r} cannot be imported: {reason}; {advice}.") from error
+
+
 def _registered(id: str) -> gymnasium.envs.registration.EnvSpec:
     if id.startswith("ALE/"):
         _register_atari()
     module, _, name = id.rpartition(":")
     if module:  # importing the module registers the id
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ValueError(f"{id!r} asks for the module {module!r}, which cannot be imported: {error}.") from error
-        id = name
+        found, id = imported(module), name
+        if id not in gymnasium.registry and id.isidentifier():
+            made_there = {
+                each: getattr(value, "__module__", "") for each, value in vars(found).items() if callable(value)
+            }
+            own = [each for each, where in made_there.items() if where == module]
+            raise ValueError(f"the module {module!r} has no {id!r}; it has: {', '.join(own) or 'nothing to call'}.")
     if id not in gymnasium.registry:
         register_namespace(id)
     if id not in gymnasium.registry:

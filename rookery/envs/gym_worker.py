@@ -5,6 +5,7 @@ Knows numpy and Gymnasium only, so that a worker process starts in a fraction of
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -267,7 +268,8 @@ def serve(
                     pipe.send_bytes(picture.tobytes())
             pipe.send_bytes(b"k")
     except LaneError as error:
-        pipe.send_bytes(f"{error.lane} {error.text}".encode())
+        with contextlib.suppress(OSError):  # another worker may have failed first, at which the parent closed its end
+            pipe.send_bytes(f"{error.lane} {error.text}".encode())
     except (EOFError, OSError):
         return  # the parent has closed its end
 

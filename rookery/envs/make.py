@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import gymnasium
@@ -116,12 +115,9 @@ def _imported(id: str) -> Any:
     module, _, name = id.partition(":")
     if not name.isidentifier() or "/" in module:
         return None
-    try:
-        return getattr(import_module(module), name, None)
-    except ImportError as error:
-        raise ValueError(
-            f"the module of {id!r} cannot be imported: {error}; run where it is, or install it."
-        ) from error
+    from rookery.envs.gym import imported
+
+    return getattr(imported(module), name, None)
 
 
 def _own(source: gymnasium.Env | Callable[..., gymnasium.Env], lanes: int, seed: int, **kwargs: Any) -> VectorEnv:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from rookery.envs.spec import MASK, EnvSpec, example, leaves, mask_of
 from rookery.nn.compiled import in_float32
 from rookery.nn.cores import make_core
 from rookery.nn.encoders import Encoder, VectorEncoder, make_encoder
-from rookery.nn.heads import Policy, make_head
+from rookery.nn.heads import GaussianHead, Policy, make_head
 from rookery.nn.init import init_linear
 from rookery.nn.norm import NormObs, RunningNorm
 from rookery.nn.policy import PolicyNet
@@ -77,6 +78,12 @@ class ActorCritic(PolicyNet):
         self.value_head = init_linear(nn.Linear(self.core.features, 1), gain=1.0)
         check_mask(spec, self.policy_head.noise_size)
 
+    def set_std(self, std: float) -> None:
+        """Begin with this standard deviation of the actions that are numbers."""
+        for head in self.policy_head.modules():
+            if isinstance(head, GaussianHead) and head.log_std is not None:
+                head.log_std.data.fill_(math.log(std))
+
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return self.policy_head.draw(shape, generator, generator.device)
 
@@ -108,6 +115,22 @@ class ActorCritic(PolicyNet):
             actor, state = self.core(features, state, start)
             critic = actor
         return ActorCriticOutput(self.policy_head(actor, mask), self.value_head(critic).squeeze(-1)), state
+
+    def scaled_reward(self, unroll: dict[str, Any]) -> Tensor:
+        """The reward `[T, B]` of an unroll, divided by the running deviation of the discounted return if it is kept."""
+        reward = unroll["reward"][:-1]
+        return reward if self.return_norm is None else self.return_norm.scale(reward)
+
+    def update_norms(self, unroll: dict[str, Any]) -> None:
+        """Merge an unroll's observations and discounted returns into the running statistics, if any are kept.
+
+        After the batch's last update, so that all of its minibatches are normalised as its actions were.
+        """
+        valid = unroll["valid"][:-1]
+        if self.norm is not None:
+            self.norm.update(unroll["obs"][:-1], valid)
+        if self.return_norm is not None:
+            self.return_norm.update(unroll["discounted_return"][:-1], valid)
 
 
 class OwnNetwork(Encoder):

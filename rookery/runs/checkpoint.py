@@ -13,6 +13,7 @@ Keys never become file names. A folder is written aside, synced and renamed: a c
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -47,6 +48,8 @@ DAMAGE = (OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError,
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or is not one that can be trusted; says which and why."""
 
+    full = False  # whether space ran out
+
 
 def save(folder: Path, state: dict[str, Any], score: float | None = None) -> None:
     """Write `state` as the folder `folder`, replacing it at once if it is there.
@@ -59,7 +62,7 @@ def save(folder: Path, state: dict[str, Any], score: float | None = None) -> Non
 
     Raises:
         TypeError: if the state holds something that is not a tensor, a JSON scalar or a list of those, naming its path.
-        CheckpointError: if it cannot be written; what was at `folder` before is intact.
+        CheckpointError: if it cannot be written; what was at `folder` before is intact. `full` where space ran out.
     """
     if not isinstance(state, dict):
         raise TypeError(f"A state is a dict, and this is a {type(state).__name__}; use {{'name': value}}.")
@@ -80,10 +83,12 @@ def save(folder: Path, state: dict[str, Any], score: float | None = None) -> Non
             sync(path)
         _swap(aside, folder)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"Checkpoint {folder} could not be written: {reason(error)}; what was saved before is intact, so free some "
-            "space or name a folder that can be written, and resume."
-        ) from error
+        failure = CheckpointError(
+            f"Checkpoint {folder} could not be written: {reason(error)}; free some space or name a folder that can be "
+            "written."
+        )
+        failure.full = isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise failure from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -287,15 +292,24 @@ class Checkpoints:
     ) -> Path:
         """Save the state after `step` steps, then drop those no longer kept. A score that is not finite is none.
 
+        Where space runs out it is tried once more without the older ones, of which the newest and the best stay.
+
         Raises CheckpointError and TypeError as `save` does.
         """
-        replays = self.folder / REPLAY
         if step < 0:
             raise ValueError(f"step={step} is negative; count steps from 0.")
         score = float(score) if score is not None and math.isfinite(score) else None
-        if replay is not None:
-            save(replays / f"{step:012d}", replay)
-        save(self.path(step), state, score)
+        replays = self.folder / REPLAY
+        for last in (False, True):
+            try:
+                if replay is not None:
+                    save(replays / f"{step:012d}", replay)
+                save(self.path(step), state, score)
+                break
+            except CheckpointError as error:
+                if last or not (error.full and self._make_room()):
+                    left = "What was saved before is intact: resume then." if self.steps() else "Nothing is saved yet."
+                    raise CheckpointError(f"{error} {left}") from error
         for old in replays.iterdir() if replays.is_dir() else ():
             if old.name != f"{step:012d}":
                 shutil.rmtree(old, ignore_errors=True)
@@ -307,6 +321,17 @@ class Checkpoints:
         self._remove(keep)
         self._write_index({at: scores[at] for at in sorted(keep)})
         return self.path(step)
+
+    def _make_room(self) -> bool:
+        """Remove all but the newest readable checkpoint and the best; whether there was another."""
+        try:
+            keep = {self.latest()[0], self.best()[0]}
+        except CheckpointError:
+            return False
+        if keep >= set(self.steps()):
+            return False
+        self._remove(keep)
+        return True
 
     def steps(self) -> list[int]:
         """The steps at which there is a checkpoint, in order, damaged ones included."""

@@ -41,14 +41,13 @@ class Recorder:
 
         Raises:
             ValueError: if `values` names `step`, `role` or `index` itself.
-            MetricsError: if the log cannot be written; a sink that fails is only switched off.
+            MetricsError: if the log cannot be written; the row is counted. A sink that fails is only switched off.
         """
         returns = values.get("returns", [values["episode_return"]] if "episode_return" in values else [])
         written = {name: plain(value) for name, value in values.items() if name != "returns"}
         row = {"step": step, "role": role, "index": index, **written}
         if len(row) != 3 + len(written):
             raise ValueError(f"{role} {index} reports a value named step, role or index; give it another name.")
-        self.log.append(row)
         if role != RUNTIME:
             self.steps[f"{role}.{index}"] = step
         if "policy_lag" in row:
@@ -60,6 +59,7 @@ class Recorder:
         if "eval_return_mean" in row:
             success = {"eval_success": row["eval_success"]} if "eval_success" in row else {}
             self._evaluation = {**{name: row.get(name) for name in EVALUATION}, **success}
+        self.log.append(row)
         for sink in self._sinks:
             sink.write(row)
         if self._progress is not None:

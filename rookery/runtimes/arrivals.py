@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["DIED", "KEPT", "MESSAGE", "PAUSE", "RELENT", "RESUME", "TURN", "Arrivals", "Replayed"]
+__all__ = ["DIED", "KEPT", "MESSAGE", "PAUSE", "RELENT", "RESUME", "TURN", "Arrivals", "Replayed", "begin", "pieces"]
 
 # What happens; an event is the number of a role, times 8, plus one of these.
 MESSAGE, KEPT, DIED, TURN, RELENT, PAUSE, RESUME = range(7)
-FLUSH = 4096  # events between two writes: so many are lost with a killed process
+FLUSH = 4096  # events between two writes, unless the state is taken: so many are lost with a killed process
 
 
 class Arrivals:
@@ -32,7 +32,7 @@ class Arrivals:
             self._turns = False
             self._events.append(TURN)
         self._events.append(role * 8 + what)
-        if len(self._events) >= FLUSH:
+        if what == RESUME or len(self._events) >= FLUSH:  # a checkpoint is not to be ahead of the record
             self.flush()
 
     def flush(self) -> None:
@@ -45,6 +45,19 @@ class Arrivals:
     def close(self) -> None:
         self.flush()
         self._file.close()
+
+
+def pieces(folder: Path) -> list[tuple[int, int, Path]]:
+    """The records of a run and of each time that it was resumed, in order: first step, budget and file."""
+    return sorted((*map(int, path.stem.split("-")), path) for path in folder.glob("*.bin"))  # type: ignore[misc]
+
+
+def begin(folder: Path, step: int, budget: int) -> Arrivals:
+    """The record of a run from that step on; one that begins no sooner is of what the run lost, and goes."""
+    for first, _, path in pieces(folder):
+        if first >= step:
+            path.unlink()
+    return Arrivals(folder / f"{step}-{budget}.bin")
 
 
 class Replayed:

@@ -17,7 +17,7 @@ from rookery.runtimes.limiter import RateLimiter
 from rookery.runtimes.meter import WORK, Meter, Told, WordMeter, combined, told
 from rookery.runtimes.words import Graph, Part, Published, RoleSpec, Stateful
 
-__all__ = ["Deadlock", "Inline", "RoleError", "role_seed", "until"]
+__all__ = ["Deadlock", "Inline", "RoleError", "restore", "role_seed", "until"]
 
 State = dict[str, Any]
 
@@ -27,7 +27,28 @@ class Deadlock(RuntimeError):
 
 
 class RoleError(RuntimeError):
-    """A role raised; the message names the role and its index, the cause is the role's own exception."""
+    """A role raised; the message names the role and its index, the cause is the role's own exception.
+
+    Attributes:
+        state: of the run without that role's last unit of work, where it could still be taken.
+    """
+
+    state: dict[str, Any] | None = None
+
+
+def restore(part: Stateful, state: State, name: str) -> None:
+    """Go on from where the state was taken.
+
+    Raises:
+        RoleError: if it is no state of this part.
+    """
+    try:
+        part.load_state(state)
+    except Exception as error:  # whatever a part makes of another's state
+        raise RoleError(
+            f"the checkpoint's state of {name} is not one that it can go on from ({type(error).__name__}: {error}); "
+            "resume the run as it was trained, or remove that checkpoint."
+        ) from error
 
 
 class Wait(NamedTuple):
@@ -282,9 +303,10 @@ WORDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def role_seed(graph_seed: int, spec: RoleSpec) -> int:
-    """A role's seed: of the run's, its name and its index, and of nothing else; environments take 31 bits."""
-    return zlib.crc32(f"{graph_seed}/{spec.name}/{spec.index}".encode()) >> 1
+def role_seed(graph_seed: int, spec: RoleSpec, life: int = 0) -> int:
+    """A role's seed: of the run's, its name, its index and how often it died, else of nothing; of 31 bits."""
+    lived = f"/{life}" if life else ""
+    return zlib.crc32(f"{graph_seed}/{spec.name}/{spec.index}{lived}".encode()) >> 1
 
 
 class InlineRole:
@@ -322,7 +344,7 @@ class InlineRole:
             raise RuntimeError(f"{self.name} {self.index} keeps two parts; keep one that holds both.")
         self._part = part
         if self._saved is not None:
-            part.load_state(self._saved)
+            restore(part, self._saved, self.title)
         self._at_first = told(part)
         return part
 
@@ -392,7 +414,7 @@ class Inline:
             self.steps = saved["steps"]
             for name, word in words.items():
                 if isinstance(word, Stateful):
-                    word.load_state(saved["words"].get(name, {}))
+                    restore(word, saved["words"].get(name, {}), name)
         try:
             while True:
                 over = self._round(roles)

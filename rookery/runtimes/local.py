@@ -13,14 +13,16 @@ import multiprocessing
 import multiprocessing.util
 import pickle
 import select
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 from rookery.runtimes.arrivals import DIED, KEPT, MESSAGE, PAUSE, RELENT, RESUME, TURN, Arrivals
 from rookery.runtimes.boxes import packed, unpacked
-from rookery.runtimes.inline import Deadlock, RoleError, State, role_seed
+from rookery.runtimes.inline import Deadlock, RoleError, State, restore, role_seed
 from rookery.runtimes.local_words import WORDS, Box, Member
 from rookery.runtimes.meter import WORK, Meter
 from rookery.runtimes.process import UNGUARDED, main
@@ -35,6 +37,9 @@ UNITS = ("put", "insert", "publish", "answer", "report", "advance")  # what a ro
 BURST = 64  # messages heard from one member before the others have their turn
 ASIDE = ("box", "count")  # questions that are answered at once, and lend no work
 GRACE = 5.0  # seconds that a role has to close what it holds
+WINDOW = 600.0  # seconds in which deaths are counted
+STARTS = 4  # attempts to start a process, the second after
+PAUSE_BEFORE = 0.1  # seconds, the third after twice as many
 
 
 class Local:
@@ -42,7 +47,8 @@ class Local:
 
     A role whose process dies or raises, or that is not heard of for `deadline` seconds, is started again from its
     arguments (and the last state that it handed over): the unit of work it was at is dropped and counted, the others
-    go on. `failures` in a row without a unit of work done end the run.
+    go on. `failures` in a row without a unit of work done end the run, and so do `often` deaths within ten minutes.
+    Who was idle when its process was killed has not failed.
 
     Args:
         report: takes role, index, step and values of every row.
@@ -58,9 +64,11 @@ class Local:
         threads: int = 1,
         deadline: float = 600.0,
         failures: int = 3,
+        often: int = 20,
         arrivals: Arrivals | None = None,
     ) -> None:
-        self.report, self.threads, self.deadline, self.failures = report, threads, deadline, failures
+        self.report, self.threads, self.deadline = report, threads, deadline
+        self.failures, self.often = failures, often
         self.arrivals = arrivals
         self.steps = self.restarts = self.dropped = 0
         self.members: list[Member] = []
@@ -69,6 +77,9 @@ class Local:
         self.meter = Meter()
         self._measured: dict[str, Any] | None = None  # when the run was over
         self._since = 0.0  # when there was last nothing to hear
+        self._seed = 0  # of the graph
+        self._hearing: tuple[Member, float] | None = None  # whose message is being read, and since when
+        self._quiet = threading.Event()  # nobody is heard any more
         self._boxes: dict[int, Box] = {}
         self._paused = False
         self._stirred = False  # whether a question, as it was first looked at, changed anything for others
@@ -116,12 +127,12 @@ class Local:
             self.steps = saved["steps"]
             for name, word in self.words.items():
                 if hasattr(word, "load_state"):
-                    word.load_state(saved["words"].get(name, {}))
+                    restore(word, saved["words"].get(name, {}), name)
         for spec in graph.roles:
             state = None if saved is None else saved["roles"].get(f"{spec.name}_{spec.index}")
             self.members.append(Member(spec, role_seed(graph.seed, spec), packed(state)))
             self.meter.role(self.members[-1].name)
-        self._queue = list(self.members)
+        self._queue, self._seed = list(self.members), graph.seed
         self._prepare(graph)
         self._measured = None
         try:
@@ -131,7 +142,11 @@ class Local:
             while not between(self.steps, self.snapshot) and not self._ended():
                 self._turn()
             return self.snapshot()
+        except RoleError as error:
+            error.state = self._rescued()
+            raise
         finally:
+            self._quiet.set()
             self._measured = self.measured()
             self._end()
             if self.arrivals is not None:
@@ -145,6 +160,14 @@ class Local:
         )
         multiprocessing.util.get_temp_dir()  # one for all processes: a killed one cannot remove its own
         _open_many_files()
+        self._quiet.clear()
+        threading.Thread(target=self._interrupt, daemon=True).start()
+
+    def _interrupt(self) -> None:
+        """In a thread: kill who began to say something and never ends, which reading would wait for."""
+        while not self._quiet.wait(min(1.0, self.deadline / 4)):
+            if (hearing := self._hearing) is not None and time.monotonic() - hearing[1] > self.deadline:
+                hearing[0].process.kill()
 
     def snapshot(self) -> State:
         """The run's state once nobody is at work: what is begun is finished, nothing new is started."""
@@ -155,6 +178,7 @@ class Local:
                 self._turn()
             self._owing = {id(member) for member in self.members if not member.over}
             for member in self.members:
+                member.since = time.monotonic()
                 self._send(member, "state")
             while self._owing and self._idle():
                 self._turn()
@@ -163,6 +187,13 @@ class Local:
         self._paused = False
         self._note(RESUME)
         return self._collected()
+
+    def _rescued(self) -> State | None:
+        """The state of a run that a role has ended: its own is what it last handed over."""
+        try:
+            return self.snapshot()
+        except (RoleError, Deadlock):
+            return None
 
     def _collected(self) -> State:
         kept = {f"{member.spec.name}_{member.spec.index}": member.kept for member in self.members}
@@ -207,7 +238,7 @@ class Local:
         connection = member.connection
         for _ in range(BURST):
             try:
-                message = connection.recv()
+                message = self._read(member)
             except (EOFError, OSError) as error:
                 self._note(DIED, member)
                 cause = _cause(member.process)
@@ -227,6 +258,18 @@ class Local:
                 self._take(member, message)
             if member.over or member.connection is not connection or not _heard([connection], 0):
                 return
+
+    def _read(self, member: Member) -> Any:
+        """A member's next message; how long it took to come is not counted against those who wait to be heard."""
+        began = time.monotonic()
+        self._hearing = (member, began)
+        try:
+            return member.connection.recv()
+        finally:
+            self._hearing = None
+            if (blocked := time.monotonic() - began) > TICK:
+                for each in self.members:
+                    each.since += blocked
 
     def _take(self, member: Member, message: tuple[Any, ...]) -> None:
         try:
@@ -327,24 +370,38 @@ class Local:
     # Processes.
 
     def _start(self, member: Member) -> None:
-        member.connection, theirs = self._context.Pipe()
-        args = (theirs, member.spec, member.seed, member.kept, self.threads)
-        process = self._context.Process(target=main, args=args, name=member.name, daemon=True)
-        try:
-            process.start()
-        except (AttributeError, TypeError, pickle.PicklingError) as error:
-            raise ValueError(
-                f"{member.name} cannot be handed to another process ({error}); make environments, networks and "
-                "functions importable (no lambdas or local classes), or use runtime='inline'."
-            ) from error
-        theirs.close()
-        member.process, member.since = process, time.monotonic()
+        for attempt in range(STARTS):
+            member.connection, theirs = self._context.Pipe()
+            args = (theirs, member.spec, member.seed, member.kept, self.threads)
+            process = self._context.Process(target=main, args=args, name=member.name, daemon=True)
+            try:
+                with _sheltered():
+                    process.start()
+                break
+            except (AttributeError, TypeError, pickle.PicklingError) as error:
+                raise ValueError(
+                    f"{member.name} cannot be handed to another process ({error}); make environments, networks and "
+                    "functions importable (no lambdas or local classes), or use runtime='inline'."
+                ) from error
+            except (EOFError, OSError) as error:  # no memory for it, or the server of forks is dead and has to be new
+                member.connection.close()
+                if attempt == STARTS - 1:
+                    raise RoleError(f"{member.name} cannot be started: {error}") from error
+                time.sleep(PAUSE_BEFORE * 2**attempt)
+            finally:
+                theirs.close()
+        member.process, member.since, member.over = process, time.monotonic(), False
         member.begin()
 
     def _revive(self, member: Member, reason: str, error: BaseException) -> None:
         """Start a role again that has failed, and take back what it held."""
         self._close(member, 0.0)
-        member.failures, member.failed_at = member.failures + 1, self.steps
+        now = time.monotonic()
+        member.deaths = [*(then for then in member.deaths if now - then < WINDOW), now]
+        member.failures, member.failed_at = member.failures + (member.waiting is None), self.steps
+        member.lives += 1
+        if member.spec.anew:  # or it would do again what it did since its state was taken, and count it twice
+            member.kept, member.seed = None, role_seed(self._seed, member.spec, member.lives)
         lost = 0
         for name, word in self.words.items():
             filling = [box for held, box in member.filling.values() if held == name]
@@ -357,8 +414,12 @@ class Local:
         self.dropped += lost
         self.meter.role(member.name).dies(lost, time.perf_counter())
         log.warning("%s failed: %s", member.name, reason, exc_info=error)
+        member.over = True  # if it is not started again
         if member.failures >= self.failures:
             raise RoleError(f"{member.name} failed {member.failures} times in a row: {reason}") from error
+        if len(member.deaths) >= self.often:
+            within = f"{len(member.deaths)} times within {WINDOW / 60:g} minutes"
+            raise RoleError(f"{member.name} failed {within}: {reason}") from error
         self.restarts += 1
         self.report("runtime", member.spec.index, self.steps, {"restarted": member.name, "dropped": lost})
         self._start(member)
@@ -367,7 +428,8 @@ class Local:
         """Start again who has died silently or is not heard of."""
         now = time.monotonic()
         for member in self.members:
-            if member.waiting is None and not member.over and now - member.since > self.deadline:
+            works = member.waiting is None or id(member) in self._owing
+            if works and not member.over and now - member.since > self.deadline:
                 reason = f"it was not heard of for {self.deadline:g} s"
                 self._note(DIED, member)
                 self._revive(member, reason, TimeoutError(reason))
@@ -391,9 +453,14 @@ class Local:
             if member.process is not None:
                 self._send(member, "end")
         latest = time.monotonic() + GRACE
-        for member in self.members:
-            if member.process is not None:
+        begun = [member for member in self.members if member.process is not None]
+        try:
+            for member in begun:
                 self._close(member, max(0.0, latest - time.monotonic()))
+        except BaseException:  # Ctrl-C once more: no grace
+            for member in begun:
+                member.process.kill()
+            raise
 
 
 def _heard(connections: Iterable[Connection], seconds: float) -> list[Connection]:
@@ -402,6 +469,16 @@ def _heard(connections: Iterable[Connection], seconds: float) -> list[Connection
     for number in at:
         poll.register(number, select.POLLIN)
     return [at[number] for number, _ in poll.poll(seconds * 1000)]
+
+
+@contextlib.contextmanager
+def _sheltered() -> Iterator[None]:
+    """A process that is started here is spared what terminates this one's group; it can change that for itself."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _open_many_files() -> None:

@@ -64,6 +64,8 @@ class Member:
     spoke: bool = False  # since its process began
     advanced: bool = False  # the run's clock, since its process began
     over: bool = False
+    lives: int = 0  # that are over
+    deaths: list[float] = field(default_factory=list)  # when its processes ended
     failures: int = 0  # in a row
     failed_at: int = -1  # steps of the run at the last failure
     granted: bool = False  # whether it is at a unit of work

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from rookery.runtimes.boxes import copied, fits, packed, pour, unpacked
+from rookery.runtimes.inline import restore
 from rookery.runtimes.meter import Told, combined, told
 from rookery.runtimes.words import Part, Published, RoleSpec, Stateful
 
@@ -258,7 +260,7 @@ class LinkedRole:
         if self.link.part is not None:
             raise RuntimeError(f"{self.name} {self.index} keeps two parts; keep one that holds both.")
         if self._saved is not None:
-            part.load_state(self._saved)
+            restore(part, self._saved, f"{self.name} {self.index}")
         self.link.keep(part)
         return part
 
@@ -266,7 +268,8 @@ class LinkedRole:
 def main(connection: Connection, spec: RoleSpec, seed: int, saved: dict[str, Any] | None, threads: int) -> None:
     """What the process of a role does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the runtime decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # and so does one to the whole group; not inherited by exec
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _die_with_parent()
     torch.set_num_threads(threads)
     link = Link(connection)
@@ -303,7 +306,12 @@ def _play(coroutine: Any, name: str) -> None:
 def _die_with_parent() -> None:
     """Be killed when the process that started this one dies (Linux; elsewhere the closed connection is noticed).
 
-    With a server of forks that is the server, which ends when the runtime's process does.
+    With a server of forks that is the server, which ends once nobody has the other end of a pipe: the runtime, and each
+    process that it made, which has to let go of it.
     """
+    server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    if (held := getattr(server, "_forkserver_alive_fd", None)) is not None:
+        os.close(held)
+        server._forkserver_alive_fd = None
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -29,7 +29,7 @@ class Diverged(RuntimeError):
 
 
 class Reached(Exception):
-    """The learner has made so many updates."""
+    """The learner has made as many updates as were asked for."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -73,7 +73,8 @@ class Rerun(Local):
     """Runs a graph of roles as `Local` did when the record was made.
 
     Args:
-        until: updates of the learner after which to stop.
+        until: updates of the learner after which to stop, at its next question; of a parameter server, those that the
+            first bundle knows of.
         resumed_at: the step from which the run was resumed later: what came after it then is not repeated.
     """
 
@@ -84,7 +85,7 @@ class Rerun(Local):
         until: int | None = None,
         resumed_at: int | None = None,
     ) -> None:
-        super().__init__(report)
+        super().__init__(report, often=len(record.events) + 1)
         self.record, self.until, self.resumed_at = record, until, resumed_at
         self.heard: dict[int, int] = {}  # messages of each role
         self.taken_at: int | None = None  # the step at which the state was last taken
@@ -92,7 +93,9 @@ class Rerun(Local):
 
     @property
     def _learner(self) -> Any:
-        return next(member.connection.part for member in self.members if member.spec.name == "learner")
+        """The first one, also where it is part of what its role keeps."""
+        part = next(member.connection.part for member in self.members if member.spec.name == "learner")
+        return getattr(part, "learner", part)
 
     def number(self, member: Member) -> int:
         return self.members.index(member)
@@ -170,7 +173,7 @@ class Rerun(Local):
 
     def _start(self, member: Member) -> None:
         member.connection = link = Here(self, member)
-        member.process = link
+        member.process, member.over = link, False
         member.begin()
         self._coroutines[id(member)] = begun(link, member.spec, member.seed, copy.deepcopy(member.kept))
         self._go_on(member, None)
@@ -186,7 +189,8 @@ class Rerun(Local):
             pass
         except Exception as error:  # what it did then, too
             link.send("failed", str(error) or repr(error), traceback.format_exc())
-        if self.until is not None and member.spec.name == "learner" and link.part.updates >= self.until:
+        counts = (member.spec.name, member.spec.index) == ("learner", 0) and link.part is not None
+        if self.until is not None and counts and self._learner.updates >= self.until:
             raise Reached(self._standing())
 
     def _close(self, member: Member, patience: float) -> None:

@@ -142,6 +142,7 @@ class RoleSpec:
     index: int
     args: dict[str, Any]  # WordSpecs among them, and in tuples among them, are replaced by the words
     ends_run: bool = False  # when this role returns, the run is over
+    anew: bool = False  # who takes its place after a death begins anew, with other random numbers
 
     def arguments(self, word: Callable[[WordSpec], Any]) -> dict[str, Any]:
         """The arguments, with `word` of each WordSpec in its place."""
@@ -171,7 +172,12 @@ class Graph:
         return self.words.setdefault(name, WordSpec(kind, name, options))
 
     def role(
-        self, function: Callable[..., Awaitable[None]], index: int = 0, ends_run: bool = False, **args: Any
+        self,
+        function: Callable[..., Awaitable[None]],
+        index: int = 0,
+        ends_run: bool = False,
+        anew: bool = False,
+        **args: Any,
     ) -> None:
         """Add a role; it is named as its function is."""
-        self.roles.append(RoleSpec(function, function.__name__, index, args, ends_run))
+        self.roles.append(RoleSpec(function, function.__name__, index, args, ends_run, anew))

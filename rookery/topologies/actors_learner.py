@@ -55,11 +55,10 @@ async def learner(role: Role, setting: Setting, count: int, weights: Weights, un
         slots = await unrolls.get(count)
         before = learner.steps
         batch = joined(slots, learner.device)
+        learner.lags.add(learner.version - int(slot.version) for slot in slots)
         learner.update(batch, before + int(batch["valid"][:-1].sum()))
         if crosses(before, learner.steps, setting.log_every):
-            lags = [learner.version - 1 - int(slot.version) for slot in slots]
-            lag = {"policy_lag": sum(lags) / len(lags), "policy_lag_max": max(lags)}
-            role.report(learner.steps, {**learner.metrics(), **lag})
+            role.report(learner.steps, learner.metrics())
         unrolls.release(slots)
         role.advance(learner.steps)
         weights.publish(learner.version, learner.values(), learner.steps)
@@ -108,7 +107,9 @@ def wire(
     queues = [graph.word("queue", name, each=each) for name in names]
     policy = shared_policy.wire(graph, setting, actors, weights, inference, double_buffer)
     for index in range(actors):
-        graph.role(actor, index, setting=setting, weights=weights, unrolls=queues[index % learners], **policy)
+        graph.role(
+            actor, index, anew=True, setting=setting, weights=weights, unrolls=queues[index % learners], **policy
+        )
     if learners == 1:
         graph.role(learner, setting=setting, count=count, weights=weights, unrolls=queues[0], ends_run=True)
     else:

@@ -44,7 +44,7 @@ class MakeStore:
             stack=replay.stack,
             memory=replay.memory,
             device=replay.device,
-            goal_reward=replay.goal_reward,
+            spec=replay.spec,
         )
 
 
@@ -119,7 +119,7 @@ def wire(setting: Setting, seed: int, actors: int = 1, inference: str = "own", d
     )
     policy = shared_policy.wire(graph, setting, actors, weights, inference, double_buffer)
     for index in range(actors):
-        graph.role(actor, index, setting=setting, actors=actors, weights=weights, replay=replay, **policy)
+        graph.role(actor, index, anew=True, setting=setting, actors=actors, weights=weights, replay=replay, **policy)
     graph.role(learner, setting=setting, weights=weights, replay=replay, ends_run=True)
     if setting.eval_every:
         graph.role(evaluator, setting=setting, weights=weights)

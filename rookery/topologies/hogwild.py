@@ -41,15 +41,14 @@ async def learner(role: Role, setting: Setting, workers: int, memory: Weights, w
             collector.load(shared.version, learner.values())
             valid = collector.fill(slot)
             before, learner.steps = learner.steps, shared.steps
-            ages = []
             for gradient in learner.gradients(slot.batch(), learner.steps + valid):
                 norm = learner.clip(gradient)
-                ages.append(shared.step(gradient.moves, learner.lr))
+                learner.lags.add([shared.step(gradient.moves, learner.lr)])
                 learner.count(gradient, norm)
                 shared.pull()
             shared.finish(valid)
             learner.version = shared.version
-            if crosses(before, learner.steps, setting.log_every) and (row := worker.summary(shared, ages)):
+            if crosses(before, learner.steps, setting.log_every) and (row := worker.summary(shared)):
                 role.report(learner.steps, row)
             if role.index == 0 and setting.eval_every and crosses(before, learner.steps, setting.eval_every):
                 weights.publish(shared.version, learner.values(), learner.steps)
@@ -73,12 +72,11 @@ class Worker(ActorLearner):
         self.learner.load_state(state)
         self.collector.load_state(state["collector"])
 
-    def summary(self, shared: Shared, ages: list[int]) -> dict[str, Any]:
+    def summary(self, shared: Shared) -> dict[str, Any]:
         """A row of metrics: its episodes, and of the first worker how learning goes."""
         if shared.index:
             return self.collector.episodes()
-        lag = {"policy_lag": sum(ages) / max(1, len(ages)), "policy_lag_max": max(ages, default=0)}
-        return {**self.learner.metrics(), "updates": shared.updates, **lag, **self.collector.episodes()}
+        return {**self.learner.metrics(), "updates": shared.updates, **self.collector.episodes()}
 
 
 def check(algorithm: Algorithm, lanes: int, learners: int) -> None:
@@ -102,7 +100,7 @@ def wire(setting: Setting, seed: int, learners: int = 1) -> Graph:
     graph = Graph(seed)
     memory, weights = graph.word("weights", "memory", once=True), graph.word("weights", "weights")
     for index in range(learners):
-        own = {"setting": setting, "workers": learners, "memory": memory, "weights": weights}
+        own: dict[str, Any] = {"setting": setting, "workers": learners, "memory": memory, "weights": weights}
         graph.role(learner, index, ends_run=True, **own)
     if setting.eval_every:
         graph.role(evaluator, setting=setting, weights=weights)

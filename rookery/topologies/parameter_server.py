@@ -159,7 +159,7 @@ class Bundle(ActorLearner):
             algorithm, setting.make_net(), setting.total_steps, seed("learner/0") >> 1, **setting.means
         )
         memory = replay.memory / str(role.index) if isinstance(replay.memory, Path) else replay.memory
-        own: dict[str, Any] = {"stack": replay.stack, "device": replay.device, "goal_reward": replay.goal_reward}
+        own: dict[str, Any] = {"stack": replay.stack, "device": replay.device, "spec": replay.spec}
         self.replay = ReplayBuffer(self.plan, lanes, seed=seed("replay"), memory=memory, **own)
         self.limiter = RateLimiter(self.plan.samples_per_insert, self.plan.learning_starts, self.plan.batch)
         self.outliers = Outliers(outliers)

@@ -3,6 +3,10 @@
     replica: get unrolls of its own actors; for each minibatch: put its gradient; wait for the parameters it led to.
     learner: for each minibatch: get a gradient of every replica; step by their mean; publish the parameters.
 
+The number of updates says which batch and which minibatch of it is next. Each gradient carries it: one of another
+update, which a death leaves behind, is dropped, and who made it goes on where the learner is. Unrolls are marked with
+the batch that they are learnt from in, so that who takes a dead replica's place does not learn from them in the next.
+
 The mean is weighted by the rows that each gradient is the mean over, so that it is the gradient of all of them: K
 learners with a K-th of the data each do what one does with all of it. Only the learner has an optimiser, so replicas
 cannot drift apart, and one that dies begins again with the parameters that there are.
@@ -11,12 +15,12 @@ cannot drift apart, and one that dies begins again with the parameters that ther
 from __future__ import annotations
 
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from rookery.actor import joined
+from rookery.actor import Unroll, joined
 from rookery.algorithms.base import Algorithm, Loss, OnPolicy, Refused
 from rookery.learner import Gradient, Learner
 from rookery.nn.norm import RunningNorm
@@ -33,6 +37,7 @@ async def replica(
     role: Role, setting: Setting, count: int, parameters: Weights, gradients: Queue, unrolls: Queue
 ) -> None:
     """Differentiate on so many unrolls at once; the learner says where that leads."""
+    each = updates_of_a_batch(setting)
     learner = role.keep(Learner(setting.algorithm, setting.make_net(), setting.total_steps, role.seed, **setting.means))
     version, values, steps = await parameters.latest()
     learner.follow(version - 1, values, steps)
@@ -40,16 +45,19 @@ async def replica(
         slots = await unrolls.get(count)
         with role.unit():
             batch = joined(slots, learner.device)
-            valid = batch["valid"][:-1].sum()
-            seen = moments(learner, batch)
-            for gradient in learner.gradients(batch, steps):
-                share = share_of(learner, gradient, valid, seen)
-                parcel = await gradients.slot(partial(Parcel, share), role.index)
-                parcel.fill(share)
-                gradients.put(parcel)
-                version, values, steps = await parameters.newer_than(version)
-                learner.follow(version - 1, values, learner.steps)
-            learner.follow(version - 1, values, steps)
+            data = {**told(role, slots), "seen": moments(learner, batch), "steps": batch["valid"][:-1].sum()}
+            while begun((version - 1) // each, slots):
+                for gradient in islice(learner.gradients(dict(batch), steps), (version - 1) % each, None):
+                    share = {**share_of(learner, gradient), **data, "version": torch.tensor(version)}
+                    parcel = await gradients.slot(partial(Parcel, share), role.index)
+                    parcel.fill(share)
+                    gradients.put(parcel)
+                    before = version
+                    version, values, steps = await parameters.newer_than(version)
+                    learner.follow(version - 1, values, learner.steps)
+                    if version != before + 1:  # somebody died: the learner is elsewhere
+                        break
+                learner.follow(version - 1, values, steps)
             unrolls.release(slots)
 
 
@@ -57,19 +65,19 @@ async def learner(
     role: Role, setting: Setting, replicas: int, weights: Weights, parameters: Weights, gradients: Queue
 ) -> None:
     """Step by the replicas' mean gradient."""
-    plan = setting.unroll_plan
-    learner = role.keep(Learner(setting.algorithm, setting.make_net(), setting.total_steps, role.seed, **setting.means))
+    each = updates_of_a_batch(setting)
+    learner = role.keep(Leader(setting.algorithm, setting.make_net(), setting.total_steps, role.seed, **setting.means))
     role.advance(learner.steps)
     parameters.publish(learner.updates + 1, learner.values(), learner.steps)
     weights.publish(learner.version, learner.values(), learner.steps)
     while learner.steps < setting.total_steps:
         learner.anneal()
         before = learner.steps
-        for left in reversed(range(plan.epochs * plan.minibatches)):
-            parcels = await gradients.get(replicas)
+        for minibatch in range(learner.updates % each, each):  # who begins anew may be in the middle of a batch
+            parcels = await gathered(learner, replicas, parameters, gradients)
             shares = [parcel.content for parcel in parcels]
             learner.minimise(pooled(learner, shares))
-            if not left:
+            if minibatch == each - 1:
                 conclude(learner, shares)
             gradients.release(parcels)
             parameters.publish(learner.updates + 1, learner.values(), learner.steps)
@@ -108,14 +116,53 @@ def wire(graph: Graph, setting: Setting, count: int, weights: WordSpec, unrolls:
     graph.role(learner, replicas=len(unrolls), weights=weights, ends_run=True, **own)
 
 
-def share_of(learner: Learner, gradient: Gradient, steps: Tensor, seen: Values) -> Values:
-    """What a replica hands on: its gradient, and what came with it."""
+class Leader(Learner):
+    """The learner that steps; `dropped` counts the gradients that were of another update, since its process began."""
+
+    def __init__(self, *args: Any, **means: Any) -> None:
+        super().__init__(*args, **means)
+        self.dropped = {"out_of_step": 0}
+
+
+async def gathered(learner: Leader, replicas: int, parameters: Weights, gradients: Queue) -> list[Parcel]:
+    """A gradient of each replica for the update that is next, in the replicas' order; others are dropped."""
+    found: list[Parcel] = []
+    while len(found) < replicas:
+        parcels = await gradients.get(replicas - len(found))
+        late = [parcel for parcel in parcels if parcel.content["version"] != learner.updates + 1]
+        found += [parcel for parcel in parcels if parcel not in late]
+        if late:
+            learner.dropped["out_of_step"] += len(late)
+            gradients.release(late)
+            parameters.publish(learner.updates + 1, learner.values(), learner.steps)  # their makers wait to hear of it
+    return sorted(found, key=lambda parcel: int(parcel.content["replica"]))
+
+
+def updates_of_a_batch(setting: Setting) -> int:
+    """Each by another minibatch."""
+    return setting.unroll_plan.epochs * setting.unroll_plan.minibatches
+
+
+def begun(batch: int, slots: list[Unroll]) -> bool:
+    """Whether the unrolls are part of the batch of that number, and not of an earlier one; marks them."""
+    if any(0 <= int(slot.learnt_in) < batch for slot in slots):
+        return False
+    for slot in slots:
+        slot.learnt_in.fill_(batch)
+    return True
+
+
+def told(role: Role, slots: list[Unroll]) -> Values:
+    """Who learns from which unrolls."""
+    return {"replica": torch.tensor(role.index), "versions": torch.stack([slot.version for slot in slots])}
+
+
+def share_of(learner: Learner, gradient: Gradient) -> Values:
+    """What a replica hands on of a minibatch: its gradient, and what came with it."""
     return {
         "gradient": learner.flat.gradients,
         "metrics": gradient.loss.metrics,
         "rows": gradient.minibatch["valid"].sum(),  # that the gradient is the mean over
-        "steps": steps,  # of the unrolls
-        "seen": seen,
     }
 
 
@@ -135,6 +182,7 @@ def pooled(learner: Learner, shares: list[Values]) -> Gradient:
 
 def conclude(learner: Learner, shares: list[Values]) -> None:
     """After a batch's last step: count it, and merge what the replicas saw into the running statistics."""
+    learner.lags.add(int(lag) for share in shares for lag in learner.version - share["versions"])
     learner.steps += sum(int(share["steps"]) for share in shares)
     learner.version += 1
     for name, norm in norms(learner).items():

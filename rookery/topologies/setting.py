@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rookery.algorithms.base import Algorithm, PolicyNet
-    from rookery.envs.spec import GoalReward
+    from rookery.envs.spec import EnvSpec
     from rookery.envs.vector import VectorEnv
 
 __all__ = ["ReplaySetting", "Setting", "crosses"]
@@ -27,7 +27,7 @@ class ReplaySetting:
     device: str = "cpu"
     save: bool = True  # in checkpoints
     stack: int = 1  # frames of an observation, each stored once
-    goal_reward: GoalReward | None = None
+    spec: EnvSpec | None = None  # of the environment
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from rookery.algorithms.iqn import IQN
 from rookery.algorithms.off_policy import QLearning, epsilon_greedy
 from rookery.algorithms.qr_dqn import QRDQN
 from rookery.envs.spec import EnvSpec
+from rookery.learner import Learner
 from rookery.nn.adam import Adam
 
 N, A, STATES = 6, 3, 4
@@ -156,6 +157,22 @@ def test_dqn_and_double_dqn_by_hand() -> None:
         assert squared.loss.item() == (y - 0.25) ** 2 / 2
         assert loss.metrics["value"].item() == 0.25
         assert loss.metrics["target"].item() == y
+
+
+def test_the_dqn_of_2013() -> None:
+    """`target_period=1, huber=False`: squares of y − Q(s, a), y by the network of the update before."""
+    algorithm = changed("dqn", target_period=1, huber=False, batch=N, lr=0.05)
+    net = algorithm.networks(spec())
+    twin, learner = copy.deepcopy(net), Learner(algorithm, net, 100, seed=0)
+    optimizer, batch = Adam(twin.parameters(), torch.tensor(0.05)), batch_of()
+    for step in range(1, 6):
+        learner.update(dict(batch), step)
+        y = (batch["reward"] + batch["discount"] * twin.values(batch["next_obs"]).amax(-1)).detach()
+        twin.zero_grad()
+        (0.5 * (y - twin.values(batch["obs"])[torch.arange(N), batch["action"]]) ** 2).mean().backward()
+        optimizer.step()
+        for mine, its in zip(net.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine, its)
 
 
 @everyone

@@ -14,10 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 LINES = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
 PINS = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in LINES)}
-TESTED = ("envs", "track", "dev")  # the extras that `make test` installs
 ASKED = [
     text
-    for texts in (PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in TESTED))
+    for texts in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     for text in texts
     if not text.startswith("rookery")
 ]

@@ -183,6 +183,7 @@ def sample_of(model: Model, lane: int, place: int) -> dict[str, Any]:
     rest = plan.sequence - span
     return {
         "obs": [model.obs(lane, place + min(k, span)) for k in range(plan.sequence + 1)],
+        "action": [row.action for row in window] + [window[-1].action] * rest,
         "reward": [row.reward for row in window] + [0.0] * rest,
         **{
             name: [getattr(row, name) for row in window] + [False] * rest

@@ -1,4 +1,4 @@
-"""A mixture gives exact shares, and hands priorities back to where samples came from."""
+"""A mixture gives exact shares over time, and hands priorities back to where samples came from."""
 
 from __future__ import annotations
 
@@ -16,9 +16,26 @@ from rookery.data.replay import ReplayBuffer
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=5), st.integers(0, 300))
 def test_counts_are_the_nearest_whole_numbers(weights: list[int], count: int) -> None:
     shares = [weight / sum(weights) for weight in weights]
-    counts = counts_of(shares, count)
+    counts = counts_of([share * count for share in shares], count)
     assert sum(counts) == count
     assert all(abs(each - share * count) < 1 + 1e-6 for each, share in zip(counts, shares, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 10, 64])
+@pytest.mark.parametrize("weights", [[255, 1], [1, 1], [3, 1], [1, 0], [29, 71], [1, 2, 4], [1, 1, 1, 253]])
+def test_shares_are_exact_over_time(weights: list[int], batch: int) -> None:
+    made = parts()
+    mixture = Mixture([made[place % 2] for place in range(len(weights))], [each / sum(weights) for each in weights])
+    for draws in range(1, 1_001):
+        assert sum(counts := mixture._turns(batch)) == batch
+        assert min(counts) >= 0
+        for weight, number in zip(weights, mixture._given, strict=True):
+            assert abs(weight / sum(weights) * batch * draws - number) < 1 + 1e-6
+
+
+def test_each_batch_of_a_draw_has_its_share() -> None:
+    owner = Mixture(parts(), [0.75, 0.25]).sample(5 * 8)["index"] % 2
+    assert owner.view(5, 8).tolist() == [[0] * 6 + [1] * 2] * 5
 
 
 def parts(**settings: float) -> list[ReplayBuffer]:
@@ -39,7 +56,7 @@ def test_shares_and_priorities() -> None:
     assert len(mixture) == len(agent) + len(demonstrations)
     batch = mixture.sample(16)
     owner, own = batch["index"] % 2, batch["index"] // 2
-    assert owner.tolist() == [0] * 12 + [1] * 4
+    assert owner.tolist() == ([0] * 6 + [1] * 2) * 2
     mixture.prioritise(batch["index"], own.float() + 1)
     for place, part in enumerate((agent, demonstrations)):
         mine = own[owner == place]
@@ -62,11 +79,12 @@ def test_sequences_are_joined_along_the_batch() -> None:
 
 
 def test_a_loaded_mixture_has_the_same_future() -> None:
-    mixture, other = (Mixture(parts(), [0.5, 0.5]) for _ in range(2))
+    mixture, other = (Mixture(parts(), [0.8, 0.2]) for _ in range(2))
     mixture.sample(7)
     other.load_state(mixture.state())
     mine, its = mixture.sample(8), other.sample(8)
     assert all(torch.equal(mine[name], its[name]) for name in mine)
+    assert mixture._given == other._given == [12, 3]
 
 
 def test_a_state_that_one_part_refuses_is_loaded_into_none() -> None:

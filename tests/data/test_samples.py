@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gymnasium import spaces
 from replay_model import Model, Stream
 from tensordict import TensorDict
 from torch import Tensor
 
 from rookery.data.plan import ReplayPlan
 from rookery.data.replay import ReplayBuffer
+from rookery.envs.spec import EnvSpec
 
 LANES = 3
 
@@ -80,7 +83,7 @@ def test_each_batch_of_several_is_stratified_and_weighed_by_itself() -> None:
     for index, weight in zip(batch["index"].view(5, 8), batch["weight"].view(5, 8), strict=True):
         first, last = (ends - leaf)[index] / ends[-1], ends[index] / ends[-1]
         for part in range(8):
-            assert first[part] <= (part + 1) / 8 and last[part] >= part / 8, "one from each eighth"
+            assert first[part] - 1 / 8 <= part / 8 <= last[part], "one from each eighth"
         torch.testing.assert_close(weight, ((leaf[index] / leaf[index].min()) ** -0.4).float())
         assert weight.max() == 1
 
@@ -121,6 +124,9 @@ def goal_reward(achieved: Tensor, desired: Tensor) -> Tensor:
     return (achieved == desired).all(-1).float() - 1
 
 
+GOALS = EnvSpec("Goals-v0", "own", spaces.Discrete(2), spaces.Discrete(2), goal_reward=goal_reward)
+
+
 def bit_flips(stream: Stream, count: int) -> tuple[dict[str, Any], Any, Any]:
     """A stream whose observations are numbers in bits, its goal another; the reward is 0 where they are equal."""
     columns, own, newest = stream.unroll(count)
@@ -139,7 +145,7 @@ def number(bits: Tensor) -> list[int]:
 def test_goals_that_were_reached_later(share: float, alpha: float) -> None:
     """Goals come from the same episode's later observations, all equally likely; all else stays as it was."""
     settings = plan(hindsight=share, alpha=alpha, capacity=40 * LANES)
-    buffer, stream = ReplayBuffer(settings, LANES, goal_reward=goal_reward), Stream(LANES, 1, "zeros", 5)
+    buffer, stream = ReplayBuffer(settings, LANES, spec=GOALS), Stream(LANES, 1, "zeros", 5)
     model, relabelled, drawn = Model(settings, LANES, 1, 1), 0, 0
     for turn in range(40):
         if turn % 9 == 8:
@@ -172,7 +178,7 @@ def test_goals_that_were_reached_later(share: float, alpha: float) -> None:
 
 
 def test_later_goals_are_equally_likely() -> None:
-    buffer = ReplayBuffer(plan(hindsight=1.0), 1, goal_reward=goal_reward)
+    buffer = ReplayBuffer(plan(hindsight=1.0), 1, spec=GOALS)
     bits = torch.arange(6).view(6, 1, 1).bitwise_and(2 ** torch.arange(12)).ne(0).float()
     obs = TensorDict(dict.fromkeys(("observation", "achieved_goal", "desired_goal"), bits), batch_size=[6, 1])
     ended = torch.zeros(6, 1, dtype=torch.bool)
@@ -288,7 +294,7 @@ def test_memory_on_a_gpu(settings: dict) -> None:
     [
         ({"capacity": 20, "sequence": 8}, {}, r"capacity=20 gives each of 3 lanes 6 rows, .* use capacity=30 or more"),
         ({"hindsight": 0.8}, {}, r"hindsight=0.8 needs to know .*; give goal_reward\(achieved, desired\)"),
-        ({"hindsight": 0.8, "n_step": 3}, {"goal_reward": goal_reward}, r"n_step=3, .* have several; use n_step=1"),
+        ({"hindsight": 0.8, "n_step": 3}, {"spec": GOALS}, r"n_step=3, .* have several; use n_step=1"),
         ({}, {"stack": 0}, r"stack=0 is no number of frames; use 1 to 64"),
         ({}, {"memory": "tape"}, r"memory='tape' is no kind of memory; use 'ram', 'shared' or the Path of a folder"),
         ({}, {"memory": "shared", "device": "meta"}, r"memory='shared' is not on meta; use memory='ram' there"),
@@ -365,6 +371,28 @@ def test_states_of_other_buffers_are_refused(other: dict, message: str) -> None:
     buffer, _ = filled()
     with pytest.raises(ValueError, match=message):
         ReplayBuffer(plan(**other), LANES).load_state(buffer.state())
+
+
+@pytest.mark.parametrize(("stack", "frame"), [(1, [8]), (4, [2])])
+def test_a_state_of_another_environment_is_refused(stack: int, frame: list[int]) -> None:
+    box, choice = spaces.Box(-1, 1, (8,)), spaces.Discrete(3)
+    buffer = ReplayBuffer(plan(), LANES, stack=stack, spec=EnvSpec("Own-v0", "own", box, choice))
+    buffer.insert(rows(4, obs=torch.zeros(5, LANES, 8)))
+    half, pair = spaces.Box(-1, 1, (4,)), spaces.Box(-1, 1, (2,))
+    for spec, words in (
+        (EnvSpec("Other-v0", "own", half, choice), f"{{'obs': {frame}}} a lane where Other-v0 has {{'obs': "),
+        (
+            EnvSpec("Other-v0", "own", box, pair),
+            "{'action': []} a lane where Other-v0 has {'action': [2]}; resume with",
+        ),
+    ):
+        other = ReplayBuffer(plan(), LANES, stack=stack, spec=spec)
+        with pytest.raises(ValueError, match=re.escape(words)):
+            other.load_state(buffer.state())
+        assert not len(other)
+    again = ReplayBuffer(plan(), LANES, stack=stack, spec=buffer.spec)
+    again.load_state(buffer.state())
+    assert len(again) == len(buffer)
 
 
 def test_a_refused_state_leaves_everything_as_it_was() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
+import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -83,6 +85,20 @@ def test_tables_of_settings(page: str) -> None:
 
 def shown(default: Any) -> str:
     return default[0] if isinstance(default, tuple) and len(default) == 1 else str(default)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/systems/ppo.md"])
+def test_the_learning_table_is_what_was_measured(page: str) -> None:
+    """Mean and sample deviation over seeds, from the newest file that has the row."""
+    measured = {}
+    for path in sorted((ROOT / "benchmarks/results").glob("learning-????-??-??.json")):
+        measured |= {row["env"]: row["scores"] for row in json.loads(path.read_text()) if row["system"] == "ppo"}
+    table = (ROOT / page).read_text(encoding="utf-8").split("learning table -->\n")[1]
+    rows = re.findall(r"^\| (\S+) \| \S+ \| [2-9] \| (\S+) ± (\S+) \|", table, re.MULTILINE)
+    assert len(rows) >= 6
+    for env, mean, deviation in rows:
+        scores = measured[env]
+        assert (mean, deviation) == (f"{statistics.fmean(scores):.1f}", f"{statistics.stdev(scores):.1f}"), env
 
 
 def test_every_command_is_in_the_tour() -> None:

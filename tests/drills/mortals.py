@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rookery import PPO
+from rookery.algorithms.base import Loss
 from rookery.runtimes.words import Graph
 
 __all__ = [
     "Lesson",
+    "Poisoned",
     "Slot",
     "asking",
     "brittle",
+    "corrupt",
+    "freezer",
+    "idler",
     "in_step",
     "learner",
+    "newborn",
     "player",
     "server",
     "sleeper",
     "stuck",
+    "taker",
+    "ticking",
     "watcher",
 ]
 
@@ -149,3 +159,62 @@ async def stuck(role: Any, weights: Any) -> None:
         lesson.version, lesson.steps = lesson.version + 1, lesson.steps + 1
         if lesson.steps == 5:
             raise ArithmeticError("a loss of NaN")
+
+
+async def freezer(role: Any, queue: Any, marker: Path) -> None:
+    """Hangs in its first life, in C, so that no thread of its process goes on, with a box that nobody has seen yet."""
+    slot = await queue.slot(Slot, role.index)
+    if not marker.exists():
+        marker.touch()
+        ctypes.PyDLL(None).sleep(600)
+    queue.put(slot)
+
+
+async def taker(role: Any, queue: Any) -> None:
+    """Ends the run with the first slot that comes."""
+    queue.release(await queue.get(1))
+    role.advance(1)
+
+
+async def ticking(role: Any, weights: Any) -> None:
+    """Goes on for ever, 10 ms a step."""
+    lesson = role.keep(Lesson())
+    while True:
+        lesson.steps += 1
+        weights.publish(lesson.steps, {}, lesson.steps)
+        role.advance(lesson.steps)
+        await weights.newer_than(lesson.steps - 1)
+        time.sleep(0.01)
+
+
+async def idler(role: Any, weights: Any) -> None:
+    """Says that it lives, and waits for what never comes."""
+    role.keep(Lesson())
+    role.report(0, {"alive": True})
+    await weights.newer_than(10**9)
+
+
+async def corrupt(role: Any, weights: Any) -> None:
+    """Does a unit of work, and fails at the next, in each life."""
+    for unit in range(2):
+        _, _, steps = await weights.latest()
+        if unit:
+            raise ValueError("a corrupt level")
+        role.report(steps, {"unit": unit})
+
+
+async def newborn(role: Any, weights: Any) -> None:
+    """Says with what it began."""
+    lesson = role.keep(Lesson())
+    _, _, steps = await weights.latest()
+    role.report(steps, {"seed": role.seed, "version": lesson.version})
+    lesson.version = 7
+    await weights.newer_than(10**9)
+
+
+class Poisoned(PPO):
+    """Its loss is NaN from half of the run on."""
+
+    def loss(self, net: Any, target: None, batch: Any, now: Any) -> Loss:
+        found = super().loss(net, target, batch, now)
+        return found._replace(loss=found.loss * torch.where(now.remaining < 0.5, torch.nan, 1.0))

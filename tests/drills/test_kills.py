@@ -245,6 +245,89 @@ def test_who_hangs_is_replaced(tmp_path: Path) -> None:
     assert {row[3]["restarted"] for row in rows} == {"sleeper 0"}
 
 
+def test_who_hangs_at_the_beginning_of_a_message_is_replaced(tmp_path: Path) -> None:
+    graph = Graph(0)
+    queue = graph.word("queue", "queue", each=1)
+    graph.role(mortals.freezer, queue=queue, marker=tmp_path / "marker")
+    graph.role(mortals.taker, queue=queue, ends_run=True)
+    rows, _, _ = run(graph, deadline=2.0)
+    assert [row[3]["restarted"] for row in rows] == ["freezer 0"]
+
+
+def beside_a_clock(role: Callable[..., Any], **how: Any) -> Graph:
+    """The role, and another that goes on whatever happens to it."""
+    graph = Graph(0)
+    weights = graph.word("weights", "weights")
+    graph.role(mortals.ticking, weights=weights)
+    graph.role(role, weights=weights, **how)
+    return graph
+
+
+def process_of(name: str) -> Any:
+    return next(each for each in multiprocessing.active_children() if each.name == name)
+
+
+def test_who_hangs_when_asked_for_its_state_is_replaced() -> None:
+    stopped: list[int] = []
+
+    def between(steps: int, snapshot: Callable[[], Any]) -> bool:
+        if steps < 20:
+            return False
+        stopped.append(process_of("idler 0").pid)
+        os.kill(stopped[0], signal.SIGSTOP)
+        assert snapshot()["roles"]["idler_0"] == {"version": 1, "steps": 0}
+        return True
+
+    rows: Rows = []
+    Local(lambda *row: rows.append(row), deadline=1.0).run(beside_a_clock(mortals.idler), between)
+    assert "idler 0" in [row[3].get("restarted") for row in rows]
+
+
+def test_who_is_killed_while_idle_has_not_failed() -> None:
+    lives: list[str] = []
+    kills: list[int] = []
+
+    def report(role: str, index: int, step: int, values: dict[str, Any]) -> None:
+        if "alive" in values:
+            lives.append(role)
+
+    def between(steps: int, snapshot: Callable[[], Any]) -> bool:
+        if len(kills) < 5 and len(lives) > len(kills) and local.members[1].waiting is not None:
+            kills.append(process_of("idler 0").pid)
+            kill(kills[-1])
+        return len(lives) == 6
+
+    local = Local(report, deadline=PATIENCE)
+    local.run(beside_a_clock(mortals.idler), between)
+    assert local.restarts == len(kills) == 5
+
+
+def test_who_fails_every_time_after_a_while_ends_the_run() -> None:
+    """Its first units are well done, and others get on: neither makes it fail less."""
+    with pytest.raises(RoleError, match=r"^corrupt 0 failed 6 times within 10 minutes: a corrupt level$") as caught:
+        run(beside_a_clock(mortals.corrupt), often=6)
+    assert caught.value.state["roles"]["ticking_0"]["steps"] > 0
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_who_begins_anew_has_another_seed_and_no_past(anew: bool) -> None:
+    killer = Killer(0, ["newborn 0"], gap=10)
+    states: list[Any] = []
+
+    def between(steps: int, snapshot: Callable[[], Any]) -> bool:
+        if steps >= 10 and not states:
+            states.append(snapshot())
+        killer.look(steps)
+        return killer.done(steps)
+
+    rows: Rows = []
+    local = Local(lambda *row: (rows.append(row), killer.hear(*row)), deadline=PATIENCE)
+    local.run(beside_a_clock(mortals.newborn, anew=anew), between)
+    first, second = (row[3] for row in rows if row[0] == "newborn")
+    assert first["version"] == 1
+    assert (second["version"], second["seed"] == first["seed"]) == ((1, False) if anew else (7, True))
+
+
 def test_what_cannot_be_handed_over_is_refused(tmp_path: Path) -> None:
     import gymnasium
 
@@ -280,6 +363,7 @@ def deaths(monkeypatch: pytest.MonkeyPatch) -> Callable[[Killer], None]:
 
 SETTINGS = {"quiet": True, "runtime": "local", "actors": 2, "envs": 4, "hidden": (8,), "device": "cpu", "threads": 1}
 SETTINGS |= {"log_every": 64, "sinks": (), "eval_episodes": 2}
+RUN = {name: value for name, value in SETTINGS.items() if name != "hidden"}  # of an own algorithm
 ROLES = ["actor 0", "actor 1", "learner 0", "evaluator 0"]
 
 
@@ -294,6 +378,16 @@ def test_ppo_outlives_its_processes(deaths: Any, tmp_path: Path) -> None:
     assert all(torch.isfinite(each).all() for each in saved["run"]["roles"]["learner_0"]["net"].values())
     text = (found.path / "metrics.jsonl").read_text()
     assert text.count('"restarted"') == 8
+
+
+def test_who_fails_again_and_again_leaves_a_checkpoint(tmp_path: Path) -> None:
+    """Of the last update that went well, and not of the last evaluation; the record of it all is repeated."""
+    algorithm = mortals.Poisoned(unroll=8, hidden=(8,), lr=1e-3)
+    with pytest.raises(RoleError, match=r"learner 0 failed 3 times in a row: .* not finite"):
+        rookery.train(algorithm, "tensor:CartPole-v1", run_dir=tmp_path / "run", steps=2_000, eval_every=900, **RUN)
+    steps = rookery.load(tmp_path / "run", algorithm=algorithm).checkpoints.steps()
+    assert 960 <= steps[-1] <= 1_064, steps
+    assert rookery.resume(tmp_path / "run", algorithm=mortals.PPO(unroll=8, hidden=(8,)), quiet=True).summary["steps"]
 
 
 def test_actors_and_who_acts_for_them_may_die(deaths: Any, tmp_path: Path) -> None:
@@ -388,6 +482,7 @@ class Command:
                 "500",
             ],
             env={**os.environ, self.marker: "1", "TMPDIR": self.temporary},
+            start_new_session=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -419,14 +514,16 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+@pytest.mark.parametrize("to_all", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_checkpoint_and_nobody(command: Command, number: signal.Signals) -> None:
+def test_a_signal_leaves_a_checkpoint_and_nobody(command: Command, number: signal.Signals, to_all: bool) -> None:
+    """Sent to the command, or to all processes of its group, as schedulers and terminals do."""
     command.wait_until_learning()
     main = command.process.pid
     roles = [pid for pid in family(command.marker) if pid != main and parent(pid) != main]  # children of the server
     kill(roles[0])  # which must not leave its folder behind
     assert eventually(lambda: '"restarted"' in (command.run / "metrics.jsonl").read_text())
-    os.kill(main, number)
+    (os.killpg if to_all else os.kill)(main, number)
     said, _ = command.process.communicate(timeout=PATIENCE)
     assert command.process.returncode == 128 + number, said
     assert "rookery resume" in said
@@ -457,8 +554,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("presses", [1, 2])
-def test_ctrl_c_ends_even_who_hangs(presses: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("presses", [0, 1, 2])
+def test_who_hangs_ends_too(presses: int, tmp_path: Path) -> None:
+    """With Ctrl-C, once or twice; and with a runtime that is killed."""
     marker = f"DRILL_{uuid.uuid4().hex}"
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
@@ -469,6 +567,8 @@ def test_ctrl_c_ends_even_who_hangs(presses: int, tmp_path: Path) -> None:
     )
     try:
         assert eventually((tmp_path / "asleep").exists)
+        if not presses:
+            process.kill()
         for press in range(presses):
             time.sleep(press)
             os.kill(process.pid, signal.SIGINT)

@@ -48,6 +48,19 @@ class Counter(gymnasium.Env):
         return np.full((4, 5, 3), self.count, np.uint8)
 
 
+class Tally(Counter):
+    """Says in `info` which step of its episode it is at; episodes take 2 to 5."""
+
+    def reset(self, seed=None, options=None):
+        obs, _ = super().reset(seed=seed)
+        self.last = self.np_random.integers(2, 6)
+        return obs, {"step": 0}
+
+    def step(self, action):
+        obs, reward, *_ = super().step(action)
+        return obs, reward, self.count == self.last, False, {"step": self.count}
+
+
 class Nest(gymnasium.Env):
     """Every kind of space, nested; its observation repeats the action, so that a test sees what arrived."""
 

@@ -1,5 +1,6 @@
 """The Gymnasium backend, in place and in workers: streams, every space, and all the ways an environment can fail."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,9 +11,10 @@ from pathlib import Path
 import gymnasium
 import pytest
 import torch
-from faulty_envs import Counter, Nest, Words
+from faulty_envs import Counter, Nest, Tally, Words
 from gymnasium import spaces
 
+from rookery.envs import gym_worker
 from rookery.envs.gym import GymEnv, gym_ids
 from rookery.envs.make import pick
 from rookery.envs.spec import dtype_of, leaves
@@ -65,6 +67,19 @@ def test_stream_convention(make, workers):
     power = torch.stack([step.info["power"][0] for step in steps])
     assert power[[0, 3, 4]].tolist() == [0.5, 1.0, 0.5]
     assert power[1:3].isnan().all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_info_is_of_the_step_that_it_came_with(make, workers):
+    """Lanes whose episodes end at different times each tell of their own step, and of 0 where a new episode begins."""
+    env = make(Tally, 5, seed=2, workers=workers, info=["step"])
+    env.reset()
+    expected = torch.zeros(5)
+    for step in rollout(env, 40):
+        expected = torch.where(step.valid, expected + 1, 0.0)
+        assert torch.equal(step.info["step"].float(), expected)
+        assert torch.equal(step.obs[:, 0], expected)
+    assert len(set(expected.tolist())) > 1, "the lanes are in step, so that this shows little"
 
 
 def test_discrete_counts_from_zero(make):
@@ -152,6 +167,16 @@ def test_fault_in_a_later_lane_names_it(make):
     env.reset()
     with pytest.raises(EnvError, match="lane 1, step 2"):
         rollout(env, 3)
+
+
+def test_a_worker_whose_parent_has_gone_on_says_nothing(monkeypatch):
+    """As one does that fails after another has."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # it ignores Ctrl-C, in its own process
+    ours, theirs = multiprocessing.Pipe()
+    ours.close()
+    layout = gym_worker.fields(Counter.observation_space, Counter.action_space, 1, 0)
+    memory = bytearray(gym_worker.size(layout))
+    gym_worker.serve(gym_worker.Maker(Counter, {"gravity": 3}), layout, memory, 0, 1, 0, {"render": False}, theirs)
 
 
 def test_hung_worker_is_named(make):

@@ -11,7 +11,7 @@ from gymnasium import spaces
 
 from rookery.envs.gym import GymEnv
 from rookery.envs.make import TENSOR_FROM, OnDevice, env_ids, make_env, pick
-from rookery.envs.vector import VectorEnv
+from rookery.envs.vector import EnvError, VectorEnv
 
 
 def backend(*args, **kwargs):
@@ -78,6 +78,33 @@ def test_objects():
 def test_unknown_ids_name_the_nearest(id, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_env(id)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "sentence"),
+    [
+        ("nope", "Mine", r"'%s' cannot be imported: NameError: name 'nope' is not defined; mend it\."),
+        ("nope", "Mine-v0", r"'%s' cannot be imported: NameError"),
+        ("import nope", "Mine", r"No module named 'nope'; run where it is, or install it\."),
+        ("from abc import ABC\nclass Mine: ...", "Nope", r"the module '%s' has no 'Nope'; it has: Mine\."),
+    ],
+)
+def test_a_module_that_does_not_help_is_told(source, name, sentence, tmp_path, monkeypatch):
+    module = f"own_{abs(hash((source, name)))}"
+    (tmp_path / f"{module}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=sentence.replace("%s", module)):
+        make_env(f"{module}:{name}")
+
+
+def test_an_envpool_that_is_broken_is_not_taken_for_absent(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "envpool", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "envpool.py").write_text("import glibc_of_another_age")
+    with pytest.raises(EnvError, match="cannot be imported: No module named 'glibc_of_another_age'; mend or uninstall"):
+        env_ids("envpool")
+    monkeypatch.setitem(sys.modules, "envpool", None)
+    assert env_ids("envpool") == []
 
 
 def test_ids():
@@ -153,6 +180,53 @@ def test_same_dynamics_as_gymnasium(id, lanes, steps, envpool):
     for a, b in ((ours, theirs), (ours_length, theirs_length)):
         error = np.sqrt(a.var() / len(a) + b.var() / len(b))
         assert abs(a.mean() - b.mean()) <= 4 * error + 1e-6, (a.mean(), b.mean(), error)
+
+
+def ends(env: VectorEnv, steps: int) -> np.ndarray:
+    """Return, length and last observation `[2 + D]` of each episode of random actions that ends within `steps`."""
+    space, generator = env.spec.action_space, torch.Generator().manual_seed(len(env.spec.backend))
+    total, length, found = torch.zeros(env.lanes), torch.zeros(env.lanes), []
+    env.reset()
+    for _ in range(steps):
+        noise = torch.rand((env.lanes, *space.shape), generator=generator)
+        low, high = (0, space.n) if isinstance(space, spaces.Discrete) else map(torch.tensor, (space.low, space.high))
+        action = low + noise * (high - low)
+        step = env.step(action.long() if isinstance(space, spaces.Discrete) else action)
+        total, length = total + step.reward, length + step.valid
+        ended = step.terminated | step.truncated
+        obs = step.obs if isinstance(step.obs, torch.Tensor) else torch.zeros(env.lanes, 0)
+        found.append(torch.cat([total[:, None], length[:, None], obs.reshape(env.lanes, -1)], 1)[ended])
+        total[ended], length[ended] = 0.0, 0.0
+    env.close()
+    return torch.cat(found).double().numpy()
+
+
+@pytest.mark.parametrize(
+    ("id", "lanes", "steps", "max_steps"),
+    [
+        *(("LunarLander-v3", 16, 200, None), ("MountainCarContinuous-v0", 32, 51, 50), ("FrozenLake-v1", 64, 60, None)),
+        *(("Blackjack-v1", 128, 20, None), ("HalfCheetah-v5", 16, 41, 20), ("Hopper-v5", 16, 60, None)),
+        *(("InvertedPendulum-v5", 16, 60, None), ("Reacher-v5", 16, 51, None), ("Catch-v0", 64, 50, None)),
+    ],
+)
+def test_same_dynamics_under_random_actions(id, lanes, steps, max_steps, envpool):
+    """As above, against Gymnasium or, where it has no such id, the tensor backend; for observations 5 errors."""
+    limit = {} if max_steps is None else {"max_steps": max_steps}
+    other = "gym" if id in env_ids("gym") else "tensor"
+    ours, theirs = (ends(make_env(f"{name}:{id}", lanes, seed=11, **limit), steps) for name in ("envpool", other))
+    assert min(len(ours), len(theirs)) > 15
+    columns = min(ours.shape[1], theirs.shape[1])  # Blackjack's observations are a vector, and a tuple
+    ours, theirs = ours[:, :columns], theirs[:, :columns]
+    error = np.sqrt(ours.var(0) / len(ours) + theirs.var(0) / len(theirs))
+    assert (np.abs(ours.mean(0) - theirs.mean(0)) <= [4, 4, *[5] * (len(error) - 2)] * error + 1e-6).all()
+
+
+def test_same_steps_where_nothing_is_random(envpool):
+    ours, theirs = (make_env(f"{name}:CliffWalking-v1", 2, seed=1) for name in ("envpool", "gym"))
+    assert torch.equal(ours.reset(), theirs.reset())
+    for action in torch.randint(0, 4, (300, 2), generator=torch.Generator().manual_seed(0)):
+        for a, b in zip(ours.step(action)[:-1], theirs.step(action)[:-1], strict=True):
+            assert torch.equal(a, b)
 
 
 def test_pick_says_which_backend_make_env_takes(envpool):

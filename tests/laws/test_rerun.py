@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from rookery.runs.metrics import read
 from rookery.runtimes.arrivals import DIED, KEPT, MESSAGE, PAUSE, RESUME, TURN, Arrivals, Replayed
 from rookery.runtimes.local import Local
 from rookery.runtimes.rerun import Diverged
+from rookery.systems import SYSTEMS as ALL
 from rookery.train import Keeper
 
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -30,9 +33,12 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 }
 
 
+def small(system: str, **more: Any) -> dict[str, Any]:
+    return tiny(system, **{"runtime": "local", "env_options": {"max_steps": 30}, "steps": 480, **more})
+
+
 def local(system: str, path: Path, **more: Any) -> rookery.Run:
-    settings = tiny(system, runtime="local", env_options={"max_steps": 30}, steps=480, **more)
-    return rookery.train(system, home(system), run_dir=path, quiet=True, **settings)
+    return rookery.train(system, home(system), run_dir=path, quiet=True, **small(system, **more))
 
 
 def again(run: rookery.Run, **how: Any) -> rookery.Run:
@@ -41,6 +47,10 @@ def again(run: rookery.Run, **how: Any) -> rookery.Run:
 
 def learnt(run: rookery.Run) -> list[dict[str, Any]]:
     return [row for row in metrics(run.path) if row["role"] in ("learner", "evaluator")]
+
+
+def test_every_topology_is_repeated() -> None:
+    assert {ALL[system].topology for system in SYSTEMS} == {each.topology for each in ALL.values()} - {"hogwild"}
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -52,8 +62,10 @@ def test_a_run_is_repeated(system: str, tmp_path: Path) -> None:
     assert learnt(run) == learnt(repeated)
 
 
-@pytest.mark.parametrize("victim", ["actor", "learner"])
-def test_deaths_are_repeated(victim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("system", "victim"), [("impala", "actor"), ("impala", "learner"), ("appo", "replica"), ("appo", "learner")]
+)
+def test_deaths_are_repeated(system: str, victim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turn, killed = Local._turn, []
 
     def deadly(runtime: Local) -> None:
@@ -63,7 +75,7 @@ def test_deaths_are_repeated(victim: str, tmp_path: Path, monkeypatch: pytest.Mo
             os.kill(killed[0].process.pid, signal.SIGKILL)
 
     monkeypatch.setattr(Local, "_turn", deadly)
-    run = local("impala", tmp_path / "run", actors=2)
+    run = local(system, tmp_path / "run", actors=2, learners=1 + (system == "appo"))
     assert killed
     assert any("restarted" in row for row in read(run.path / "metrics.jsonl"))
     assert differences(run, again(run)) == []
@@ -79,10 +91,34 @@ def test_an_interruption_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert differences(resumed, again(resumed)) == []
 
 
-def test_it_stops_at_an_update(tmp_path: Path) -> None:
-    run = local("impala", tmp_path / "run", actors=2)
+def test_what_was_killed_is_repeated_once_it_was_resumed(tmp_path: Path) -> None:
+    """A record of what came after the checkpoint, which nobody went on from, goes."""
+    path, settings = tmp_path / "run", small("impala", actors=2, steps=1_000_000)
+    given = f"'impala', {home('impala')!r}, run_dir={str(path)!r}, quiet=True, **{settings}"
+    process = subprocess.Popen([sys.executable, "-c", f"import rookery; rookery.train({given})"])
+    try:
+        until = time.monotonic() + 60
+        while len(list(path.glob("checkpoints/0*/state.json"))) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    at = rookery.load(path).checkpoints.latest()[0]
+    for first in (at, at + 10):
+        (path / "arrivals" / f"{first}-999.bin").write_bytes(b"of a life that left no checkpoint")
+    resumed = rookery.resume(path, steps=at + 200, quiet=True)
+    assert {each.stem for each in (path / "arrivals").iterdir()} == {"0-1000000", f"{at}-{at + 200}"}
+    assert differences(resumed, again(resumed)) == []
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_it_stops_at_an_update(system: str, tmp_path: Path) -> None:
+    """At the first question after it: PPO's batch is of four updates."""
+    run = local(system, tmp_path / "run", **SYSTEMS[system])
     stopped = again(run, until=7)
-    assert stopped.saved()["run"]["roles"]["learner_0"]["counts"]["updates"] == 7
+    assert stopped.saved()["run"]["roles"]["learner_0"]["counts"]["updates"] in range(7, 7 + 4)
     assert learnt(stopped)[:-1] == learnt(run)[: len(learnt(stopped)) - 1]  # but for the last evaluation
 
 

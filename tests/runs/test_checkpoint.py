@@ -348,6 +348,36 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pyte
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp-")]
 
 
+def test_a_full_disk_is_given_the_older_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest that can be read, and the best, stay."""
+    checkpoints = Checkpoints(tmp_path, keep_last=4)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step, {"n": step}, score=-float(step % 2))
+    (checkpoints.path(4) / "state.json").write_text("{")
+    save_file = checkpoint.save_file
+
+    def full(tensors: Any, file: Path) -> None:
+        if len(checkpoints.steps()) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_file(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.warns(RuntimeWarning, match="is damaged"):
+        checkpoints.save(5, {"n": 5})
+    assert checkpoints.steps() == [2, 3, 5]
+    assert checkpoints.latest() == (5, {"n": 5})
+    assert checkpoints.best() == (2, {"n": 2})
+
+
+def test_a_first_checkpoint_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: Any, file: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device; .* Nothing is saved yet\.$"):
+        Checkpoints(tmp_path).save(0, {})
+
+
 FILL = """
 import resource, sys
 from pathlib import Path

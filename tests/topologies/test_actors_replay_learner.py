@@ -123,6 +123,24 @@ def test_priorities_reach_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(index.shape == priorities.shape and (priorities >= 0).all() for index, priorities in handed)
 
 
+def test_beta_rises_to_1_over_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schaul et al. 2016, section 3.4: in a line; a round is weighed by where the run stood before it."""
+    betas: list[float] = []
+    sample = ReplayBuffer.sample
+
+    def watched(self: ReplayBuffer, count: int, beta: float = 1.0) -> Any:
+        betas.append(beta)
+        return sample(self, count, beta)
+
+    monkeypatch.setattr(ReplayBuffer, "sample", watched)
+    train(tmp_path / "run", alpha=0.6, beta=0.4, updates_per_step=0.5, envs=4)
+    assert betas == sorted(betas)
+    assert betas[0] == 0.4
+    assert betas[-1] == pytest.approx(1, abs=0.6 * 2 * 4 / 400), "but for the last round's steps"
+    middle = betas[len(betas) // 2]
+    assert middle == pytest.approx(0.4 + 0.6 * (100 + 300 / 2) / 400, abs=0.02)
+
+
 def test_metrics_say_how_learning_goes(tmp_path: Path) -> None:
     run = train(tmp_path / "run", log_every=100)
     rows = [row for row in read(run.path / "metrics.jsonl") if row["role"] == "learner"]
