@@ -46,7 +46,7 @@ def test_fetch_reach(system: str, tmp_path: Path) -> None:
 
 def test_rewards_that_are_unknown_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"hindsight=0\.8 puts other goals .* CartPole-v1 does not say"):
-        train("dqn", "CartPole-v1", tmp_path / "run", hindsight=0.8)
+        train("dqn", "CartPole-v1", tmp_path / "run", hindsight=0.8, n_step=1)
 
 
 def test_no_success_is_made_up(tmp_path: Path) -> None:
