@@ -233,8 +233,6 @@ class Keeper:
         self._seconds = 0.0 if saved is None else saved["seconds"]
         self._anew = 0 if saved is None else saved.get("episodes_restarted", 0) + (not run._make_net.spec.saves_state)
         self._unwritten: MetricsError | None = None  # the first time that the log took no row
-        fresh = run._make_net().state_dict().items()
-        self._finite = [name for name, value in fresh if torch.isfinite(value).all()]  # and has to stay so
         self._began, self._asked, self._last = time.monotonic(), 0.0, (self._seconds, self.step)
         log = MetricsLog(run.folder.metrics)
         log.truncate_after(self.step, None if saved is None else saved["recorder"].get("rows"))
@@ -326,10 +324,15 @@ class Keeper:
             raise self._unwritten
 
     def _refuse_non_finite(self, roles: dict[str, Any]) -> None:
-        """Weights that a step itself made infinite would be noticed at the next gradient alone."""
+        """Weights that a step itself made infinite would be noticed at the next gradient alone.
+
+        What is not finite in a fresh network either may stay so.
+        """
         for kept in roles.values():
-            for name in self._finite if "net" in kept else ():
-                if not torch.isfinite(kept["net"][name]).all():
+            odd = [name for name, value in kept.get("net", {}).items() if not torch.isfinite(value).all()]
+            fresh = self.run._make_net().state_dict() if odd else {}
+            for name in odd:
+                if name in fresh and torch.isfinite(fresh[name]).all():
                     raise non_finite(f"the weights {name}", kept["counts"]["updates"], self.step)
 
     def rescue(self, state: dict[str, Any]) -> None:

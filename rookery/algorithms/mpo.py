@@ -97,8 +97,7 @@ class MPO(OffPolicy):
         nearer, penalty_loss = reweighted(-beyond, dual["penalty"], self.epsilon_penalty)
         weight = weight + nearer
 
-        new = net.actor(features.detach())
-        new = Gaussian(new.mean.unsqueeze(1), new.log_std.unsqueeze(1))
+        new = of_samples(net.actor(features.detach()))
         moved, spread = Gaussian(new.mean, old.log_std), Gaussian(old.mean, new.log_std)
         fit = -(weight * (moved.log_prob(action) + spread.log_prob(action))).sum(1).mean()
         by_coordinate = (by_coordinate_kl(old, moved), by_coordinate_kl(old, spread))
@@ -134,11 +133,15 @@ def sampled(net: ActorCritics, obs: Obs, noise: Tensor) -> tuple[Gaussian, Tenso
         noise: normal, `[N, M, A]`.
     """
     features = net.encode(obs)
-    policy = net.actor(features)
-    policy = Gaussian(policy.mean.unsqueeze(1), policy.log_std.unsqueeze(1))
+    policy = of_samples(net.actor(features))
     action = policy.sample(noise)
     value = net.critics(features.unsqueeze(1).expand(-1, noise.shape[1], -1), action.clamp(-1, 1))
     return policy, action, value.squeeze(0)
+
+
+def of_samples(policy: Gaussian) -> Gaussian:
+    """The policy of N states as one of M samples in each: `[N, 1, A]`."""
+    return Gaussian(policy.mean.unsqueeze(1), policy.log_std.unsqueeze(1))
 
 
 def reweighted(value: Tensor, temperature: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
