@@ -116,8 +116,9 @@ class Rerun(Local):
     def snapshot(self) -> State:
         """The state as it was taken then; elsewhere, as everything stands."""
         if self.record.next == PAUSE:
-            self.taken_at = self.steps
-            return super().snapshot()
+            state = super().snapshot()
+            self.taken_at = state["steps"]  # some may have finished what they were at
+            return state
         return self._standing()
 
     def _standing(self) -> State:
