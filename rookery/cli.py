@@ -26,6 +26,7 @@ USAGE = """usage: rookery VERB ...
   video RUN                    record an episode
   watch RUN [--once]           who is busy, what flows where, and what limits the run, live
   plot RUN ...                 learning curve and topology of a run, or mean and interval of several
+  plan SYSTEM ENV [flags]      how fast it would be with so many actors, on this machine or on a cluster
   list systems|envs
   check-env ENV                does an environment keep the stream convention?
 
@@ -45,6 +46,15 @@ HELP = {
 SYSTEM is one of these; `rookery list systems` says what they are:
 {systems}
 ENV is an id that `rookery list envs` prints, or module:Name of a class or function that makes one.
+""",
+    "plan": """usage: rookery plan SYSTEM ENV [flags]
+
+Measure what the work of a system's roles costs on this machine, some ten seconds, and simulate the system on a cluster.
+
+  rookery plan impala CartPole-v1                                          1, 2, 4 and 8 actors on this machine
+  rookery plan impala CartPole-v1 --actors 1,16,256 --cores-per-host 8     on as many hosts as they need
+  rookery plan impala CartPole-v1 --bandwidth 1 --mtbf 24 --plot plan.png  a slow network, hosts that die, a picture
+  rookery plan impala CartPole-v1 --help                                   every flag
 """,
     "list": """usage: rookery list systems|envs
 
@@ -72,10 +82,11 @@ class Display:
 class Resume:
     """Go on with a run from its last checkpoint."""
 
-    run: Path  # the run's folder
+    run: str  # the run's folder, or the URL that it was copied to
     steps: int | None = None  # a new budget, those already done included; by default the run's own
     env: str | None = None  # module:Name, for a run on an environment of your own
     quiet: bool = False  # no progress display
+    run_dir: Path | None = None  # a new folder for what is fetched from a URL; by default under runs/
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +138,20 @@ class Plot:
     out: Path = Path("comparison.png")  # the picture of several; those of one go into its folder
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is planned, and how it is shown."""
+
+    actors: str = "1,2,4,8"  # how many, a forecast each; where each actor learns for itself, workers
+    envs: int = 8  # lanes of each actor
+    shards: int = 1  # of a parameter server
+    compile: bool = False  # torch.compile for acting and loss
+    frame_stack: int = 0  # frames an observation shows; 0 leaves it to the environment
+    env_options: tuple[str, ...] = ()  # what the environment itself takes, as name=value with a JSON value
+    plot: Path | None = None  # draw throughput and lag into this file, a .png
+    json: bool = False  # print one JSON object, costs and all
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb.
 
@@ -169,29 +194,36 @@ def main(arguments: list[str] | None = None) -> None:
 
 def train(words: list[str]) -> None:
     """`rookery train SYSTEM ENV [flags]`: the flags are the fields of the algorithm and of a run's options."""
-    if words[1:] in (["-h"], ["--help"]):
-        words = [words[0], "ENV", "--help"]
-    if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
-        raise ValueError(
-            "train takes a system and an environment, such as `rookery train ppo CartPole-v1`; "
-            "`rookery train --help` says more."
-        )
-    from rookery.settings import refuse_unknown, resolve
+    system, env = _named("train", words)
+    from rookery.settings import resolve
     from rookery.train import train as run_training
 
-    system, env = words[:2]
-    asked = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-    name, algorithm, options = resolve(system, env, {}, tuned="no_recipe" not in asked)
-    known = {**vars(options), **vars(algorithm), **vars(Display())}
-    switches = {f"no_{each}" for each, value in known.items() if isinstance(value, bool)}
-    refuse_unknown(asked - switches - {"help"}, set(known), name)  # says which systems have it; the parser cannot
-    parts = {"run": options, name: algorithm, "display": Display()}  # --help takes its titles from the names
-    fields = [(part, type(value), dataclasses.field(default=value)) for part, value in parts.items()]
+    asked = {word.partition("=")[0] for word in words}
+    name, algorithm, options = resolve(system, env, {}, tuned=not asked & {"--no-recipe", "--no_recipe"})
     about = f"Train {name} on {env}. A setting that no flag names keeps its default, which is shown."
-    flags = dataclasses.make_dataclass("Train", fields, namespace={"__doc__": about})
-    given = vars(_parse(flags, f"train {system} {env}", words[2:]))
+    given = _given(words, about, name, {"run": options, name: algorithm, "display": Display()})
     settings = {**vars(given["run"]), **vars(given[name])}
     _finish(run_training(system, env, run_dir=given["display"].run_dir, quiet=given["display"].quiet, **settings))
+
+
+def plan(words: list[str]) -> None:
+    """`rookery plan SYSTEM ENV [flags]`: the flags are those of `Plan`, the algorithm's fields, and the cluster's."""
+    system, env = _named("plan", words)
+    from rookery.planner import Cluster, as_json, draw, forecasts, show
+    from rookery.settings import resolve
+
+    name, algorithm, options = resolve(system, env, {})
+    common = vars(Plan()).keys() & vars(options).keys() - {"actors"}
+    wanted = Plan(**{each: getattr(options, each) for each in common})
+    about = f"Plan {name} on {env}. A setting that no flag names keeps its default, which is shown."
+    given = _given(words, about, name, {"plan": wanted, name: algorithm, "cluster": Cluster()})
+    wanted, cluster = given["plan"], given["cluster"]
+    settings = {**vars(given[name]), **{each: getattr(wanted, each) for each in common}}
+    work, costs, found = forecasts(system, env, wanted.actors, cluster, **settings)
+    print(json.dumps(as_json(work, costs, cluster, found)) if wanted.json else "\n".join(show(costs, found)))
+    if wanted.plot is not None:
+        path = draw(found, f"{name} on {env}", wanted.plot)
+        print(f"plot: {path}", file=sys.stderr)
 
 
 def resume(words: list[str]) -> None:
@@ -199,7 +231,7 @@ def resume(words: list[str]) -> None:
     given = _parse(Resume, "resume", words)
     from rookery.train import resume as go_on
 
-    _finish(go_on(given.run, steps=given.steps, env=given.env, quiet=given.quiet))
+    _finish(go_on(given.run, steps=given.steps, env=given.env, quiet=given.quiet, run_dir=given.run_dir))
 
 
 def rerun(words: list[str]) -> None:
@@ -304,6 +336,33 @@ def _parse(kind: type[Any], verb: str, words: list[str]) -> Any:
     return tyro.cli(kind, args=words, prog=f"rookery {verb}", description=inspect.getdoc(kind), config=config)
 
 
+def _named(verb: str, words: list[str]) -> list[str]:
+    """The system and the environment that the words begin with."""
+    if words[1:] in (["-h"], ["--help"]):
+        words.insert(1, "ENV")
+    if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
+        raise ValueError(
+            f"{verb} takes a system and an environment, such as `rookery {verb} ppo CartPole-v1`; "
+            f"`rookery {verb} --help` says more."
+        )
+    return words[:2]
+
+
+def _given(words: list[str], about: str, name: str, parts: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a verb's flags as the words set them; `name` is the system's."""
+    from rookery.settings import refuse_unknown
+
+    asked = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    known = {each: value for part in parts.values() for each, value in vars(part).items()}
+    switches = {f"no_{each}" for each, value in known.items() if isinstance(value, bool)}
+    refuse_unknown(asked - switches - {"help"}, set(known), name)  # says which systems have it; the parser cannot
+    fields = [(part, type(value), dataclasses.field(default=value)) for part, value in parts.items()]
+    # --help takes its titles from the names of the fields
+    verb = about.split()[0]
+    flags = dataclasses.make_dataclass(verb, fields, namespace={"__doc__": about})
+    return vars(_parse(flags, " ".join([verb.lower(), *words[:2]]), words[2:]))
+
+
 def _finish(run: Run) -> None:
     """Say where everything is, and how to go on."""
     summary = run.summary
@@ -334,6 +393,7 @@ VERBS = {
     "video": video,
     "watch": watch,
     "plot": plot,
+    "plan": plan,
     "list": show,
     "check-env": check_env,
 }

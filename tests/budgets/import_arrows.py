@@ -38,10 +38,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "trial": ("run", "settings", "systems", "topologies", *FOUNDATION, "runs", "runtimes"),
     "layouts": ("trial", "run", "settings", "systems", "topologies", *FOUNDATION, "runs", "runtimes"),
     "train": ("layouts", "run", "settings", "systems", "topologies", *COMMON_USE, *FOUNDATION, "runs", "runtimes"),
+    "planner": ("run", "settings", "systems", "topologies", "actor", "learner", *FOUNDATION, "runs", "runtimes"),
     "rerun": ("train", "run", "settings", "systems", *FOUNDATION, "runs", "runtimes"),
     "cli": (
         "train",
         "rerun",
+        "planner",
         "run",
         "settings",
         "systems",
