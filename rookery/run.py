@@ -318,6 +318,16 @@ def layout(system: System, algorithm: Algorithm, options: Options) -> dict[str, 
             others = ", ".join(other.name for other in SYSTEMS.values() if each.name in other.takes)
             where = f"it is for {others}" if others else "leave it out"
             raise Refused(f"{each.name}={value}: {system.name} runs as {system.topology}, which has none; {where}.")
+    plan = algorithm.plan
+    if isinstance(plan, ReplayPlan):
+        joins = plan.ahead > 0 and hasattr(system.module, "actor")
+    else:
+        joins = plan.stale
+    if options.min_actors and not joins:
+        raise Refused(
+            f"min_actors={options.min_actors}: {system.name} waits for each of its actors in turn, and would not begin; "
+            "leave it out, or use a system whose actors run ahead, such as impala or apex."
+        )
     numbers = {name: getattr(options, name) for name in LAYOUT if name in system.takes}
     if hasattr(system.module, "check"):
         system.module.check(algorithm, options.envs, **numbers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,7 +41,11 @@ class Options:
     shards: int = 1  # of a parameter server, each with its share of the parameters
     max_delay: int = 0  # updates since its weights were read, above which a shard drops a gradient; 0 keeps all
     outliers: float = 0.0  # deviations above the mean loss, above which a gradient is dropped; 0 keeps all
-    runtime: Literal["inline", "local"] = "inline"  # where the roles run: in turn in this process, or each in its own
+    runtime: Literal["inline", "local", "ray"] = "inline"  # roles take turns here, have processes, or a cluster's hosts
+    address: str | None = None  # of a Ray cluster: "HOST:PORT", or "auto"; without, Ray begins one of this machine
+    placement: Literal["spread", "pack"] = "spread"  # of roles over a cluster's hosts
+    min_actors: int = 0  # that a run on a cluster begins with, others join as hosts do; 0 for all
+    role_needs: tuple[str, ...] = ()  # of a cluster, as role.resource=amount: actor.CPU=0.5; without, a core each
     inference: Literal["own", "shared"] = "own"  # each actor chooses its actions, or one role for all
     double_buffer: bool = False  # half of an actor's lanes step while shared inference chooses for the others
     deadline: float = 600.0  # seconds a process may work without a word (an evaluation, say) before it is replaced
@@ -55,6 +60,7 @@ class Options:
     replay_memory: Literal["device", "ram", "disk"] = "device"  # "disk" maps files in the run folder into memory
     save_replay: bool = True  # replay in checkpoints; without, a resumed run fills it anew before it learns on
     env_options: tuple[str, ...] = ()  # what the environment itself takes, as name=value with a JSON value
+    mirror: str | None = None  # a URL (s3://bucket/run) that checkpoints are copied to while the run goes on; resume takes it
     log_every: int = 0  # steps between rows of metrics; 0 for 1/200 of the run
     eval_every: int = 0  # steps between evaluations, with a checkpoint each; 0 for 1/10 of the run
     eval_episodes: int = 20  # greedy episodes on lanes of their own
@@ -64,7 +70,7 @@ class Options:
     def __post_init__(self) -> None:
         least_of = dict.fromkeys(("steps", "envs", "actors", "learners", "shards", "eval_episodes"), 1)
         least_of |= dict.fromkeys(("seed", "threads", "frame_stack", "log_every", "eval_every"), 0)
-        least_of |= dict.fromkeys(("max_delay", "outliers"), 0)
+        least_of |= dict.fromkeys(("max_delay", "outliers", "min_actors"), 0)
         least_of["deadline"] = 1
         for name, least in least_of.items():
             if getattr(self, name) < least:
@@ -75,6 +81,13 @@ class Options:
             name = pair.partition("=")[0]
             if name in RESERVED:
                 raise ValueError(f"env_options has {pair!r}, which the run itself sets; {RESERVED[name]}.")
+        if self.address is not None and self.runtime != "ray":
+            raise ValueError(f"address={self.address!r} is of a Ray cluster; use it with runtime='ray'.")
+        if self.min_actors > self.actors:
+            raise ValueError(
+                f"min_actors={self.min_actors} of actors={self.actors} there never are; use as many at most."
+            )
+        _ = self.needs
         workers = self.env_settings.get("workers", 0)
         if type(workers) is not int or workers < 0:
             raise ValueError(f"env_options has workers={workers!r}; use a whole number, such as workers=2.")
@@ -82,7 +95,27 @@ class Options:
     @property
     def actors_apart(self) -> bool:
         """Whether actors are not where the learner is, but on the CPU."""
-        return self.runtime == "local" or self.inference == "shared"
+        return self.runtime != "inline" or self.inference == "shared"
+
+    @property
+    def needs(self) -> dict[str, dict[str, float]]:
+        """What roles take of a host, by role and resource; a core where a role has nothing else said of it.
+
+        Raises:
+            ValueError: for what is not of the form role.resource=amount.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for need in self.role_needs:
+            name, _, amount = need.partition("=")
+            role, _, resource = name.partition(".")
+            try:
+                found.setdefault(role, {"CPU": 1.0})[resource or name] = float(amount)
+                wrong = not (role and resource and 0 <= float(amount) < math.inf)
+            except ValueError:
+                wrong = True
+            if wrong:
+                raise ValueError(f"role_needs has {need!r}, and takes role.resource=amount, such as actor.CPU=0.5.")
+        return found
 
     @property
     def env_settings(self) -> dict[str, Any]:
@@ -114,6 +147,8 @@ def resolve(
     names = _fields(Options)
     if isinstance(settings.get("sinks"), str):
         settings = {**settings, "sinks": (settings["sinks"],)}
+    if isinstance(settings.get("role_needs"), str):
+        settings = {**settings, "role_needs": (settings["role_needs"],)}
     if isinstance(settings.get("env_options"), dict):
         pairs = (f"{name}={json.dumps(value)}" for name, value in settings["env_options"].items())
         settings = {**settings, "env_options": tuple(pairs)}

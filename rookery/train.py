@@ -26,13 +26,16 @@ from rookery.runs.checkpoint import CheckpointError, Checkpoints
 from rookery.runs.files import write_json
 from rookery.runs.folder import RunFolder
 from rookery.runs.metrics import RUNTIME, MetricsError, MetricsLog
+from rookery.runs.mirror import Mirror, fetched, is_url
 from rookery.runs.progress import Progress
 from rookery.runs.recorder import Recorder
 from rookery.runs.sinks import open_sink
 from rookery.runtimes.arrivals import begin
+from rookery.runtimes.cluster import ClusterError
 from rookery.runtimes.inline import Inline, RoleError
 from rookery.runtimes.local import Local
 from rookery.runtimes.process import leave_if_imported
+from rookery.runtimes.ray import Ray
 from rookery.settings import EnvLike, Options, device_of, env_name, resolve
 from rookery.systems import SYSTEMS, find, system_of
 from rookery.topologies.setting import ReplaySetting, Setting, crosses
@@ -92,7 +95,12 @@ def train(
         "own": {"env": not isinstance(env, str), "algorithm": not _is_ours(name, algorithm)},
     }
     run.folder.write_config(config)
-    return execute(run, name, options, quiet=quiet)
+    try:
+        return execute(run, name, options, quiet=quiet)
+    except ClusterError:
+        if not run.checkpoints.steps():  # nothing was begun: the folder is free for another attempt
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def resume(
@@ -103,13 +111,18 @@ def resume(
     algorithm: Algorithm | None = None,
     env: EnvLike | None = None,
     network: Network | None = None,
+    run_dir: str | Path | None = None,
 ) -> Run:
     """Go on with a run from its last checkpoint, to its budget or to `steps`.
+
+    A URL that a run was copied to (`mirror`) is fetched first, to `run_dir` or a new folder under `runs/`.
 
     On environments that can save their state the result is the same, bit for bit, as if it had never stopped; on
     others episodes begin anew. An own algorithm, environment or network is code, which no run folder holds: hand it in.
     """
     leave_if_imported()
+    if is_url(path):
+        path = fetched(str(path), Path(run_dir or Path("runs") / str(path).rstrip("/").rpartition("/")[2]))
     run = load(path, algorithm=algorithm, env=env, network=network)
     options, saved = run._make_env.options, saved_whole(run)
     over = (run.path / "summary.json").exists() and not run.summary["interrupted"]
@@ -210,11 +223,15 @@ def _laid_out(run: Run, name: str, options: Options, quiet: bool) -> tuple[Run, 
 
 
 def _runtime(path: Path, options: Options, step: int, report: Callable[..., None]) -> Inline | Local:
-    """Where the roles run; with processes it is written down who came when (`rookery rerun`)."""
+    """Where the roles run; with several processes it is written down who came when (`rookery rerun`)."""
     if options.runtime == "inline":
         return Inline(report)
     arrivals = begin(path / ARRIVALS, step, options.steps)
-    return Local(report, threads=options.threads, deadline=options.deadline, arrivals=arrivals)
+    means: dict[str, Any] = {"threads": options.threads, "deadline": options.deadline, "arrivals": arrivals}
+    if options.runtime == "local":
+        return Local(report, **means)
+    where: dict[str, Any] = {"address": options.address, "placement": options.placement, "needs": options.needs}
+    return Ray(report, least=options.min_actors, **where, **means)
 
 
 class Keeper:
@@ -238,6 +255,7 @@ class Keeper:
         log.truncate_after(self.step, None if saved is None else saved["recorder"].get("rows"))
         sinks = [open_sink(name, run.folder.path, run.config, self.step) for name in options.sinks]
         self.recorder = Recorder(log, sinks, Progress(options.steps, quiet, self.step))
+        self.mirror = Mirror(options.mirror, run.path) if options.mirror else None
         if saved is not None:
             self.recorder.load_state(saved["recorder"])
             if not quiet and not run._make_net.spec.saves_state:
@@ -258,6 +276,8 @@ class Keeper:
         for each, handler in self._handlers.items():
             signal.signal(each, handler)
         self.recorder.close()
+        if self.mirror is not None:
+            self.mirror.close()
 
     def _stop(self, number: int, _frame: Any) -> None:
         """Ask the run to stop after this round; a second Ctrl-C, a second or more later, does not wait for that."""
@@ -320,6 +340,8 @@ class Keeper:
         kept["episodes_restarted"] = self._anew
         self.run.checkpoints.save(self.step, kept, self.recorder.summary()["eval_return_mean"], replay)
         self._saved_at = self.step
+        if self.mirror is not None:
+            self.mirror.copy()
         if self._unwritten:
             raise self._unwritten
 

@@ -79,7 +79,10 @@ def _less(now: Any, before: Any) -> Any:
 
 
 def account(measured: Measured) -> Account:
-    """Shares of time by role, levels of words, rates of flows in units and bytes a second, and the bottleneck."""
+    """Shares of time by role, levels of words, rates of flows in units and bytes a second, and the bottleneck.
+
+    `restarts` say of each role that died how many `times` it was started again, and the last `reason`.
+    """
     seconds = max(measured["seconds"], 1e-9)
     roles = {name: _role(role, seconds) for name, role in measured["roles"].items()}
     roles[KEEPER] = {"busy": min(1.0, measured[KEEPER] / seconds)}
@@ -100,7 +103,11 @@ def account(measured: Measured) -> Account:
         "roles": roles,
         "words": {name: _word(word) for name, word in measured["words"].items()},
         "flows": flows,
-        "restarts": {name: role["restarts"] for name, role in measured["roles"].items() if role["restarts"]},
+        "restarts": {
+            name: {"times": role["restarts"], "reason": role["reason"]}
+            for name, role in measured["roles"].items()
+            if role["restarts"]
+        },
         "dropped": {reason: count for reason, count in dropped.items() if count},
     }
     return {**found, "bottleneck": bottleneck(found)}
@@ -185,7 +192,8 @@ def flat(found: Account) -> dict[str, float]:
             values[f"{kind}_steps_per_second"] = mean["steps_per_second"]
     for name, word in found["words"].items():
         values |= {f"{name}_{level}": value for level, value in word.items() if level != "kind"}
-    return {**values, "restarts": sum(found["restarts"].values()), "dropped": sum(found["dropped"].values())}
+    restarts = sum(role["times"] for role in found["restarts"].values())
+    return {**values, "restarts": restarts, "dropped": sum(found["dropped"].values())}
 
 
 def bottleneck(found: Account) -> dict[str, str]:

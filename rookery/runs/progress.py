@@ -53,6 +53,7 @@ class Progress:
         self._evaluation: Mapping[str, Any] = {}
         self._learner: Mapping[str, Any] = {}
         self._runtime: Mapping[str, Any] = {}
+        self._restarts = self._lost = 0  # of roles that died, and units of work with them
         self._history: list[float] = []  # the mean return at equal distances of steps
         self._next_point = start
         now = time.monotonic()
@@ -72,6 +73,8 @@ class Progress:
             self._evaluation = row
         elif role == RUNTIME and "measured" in row:
             self._runtime = row
+        elif role == RUNTIME and "restarted" in row:
+            self._restarts, self._lost = self._restarts + 1, self._lost + row["dropped"]
         value = row.get("episode_return")
         if value is not None:
             self._returns.append(value)
@@ -115,7 +118,8 @@ class Progress:
             self._live.update(self._picture(), refresh=True)
             return
         parts = [f"{self._count()} steps ({self._share():.0%})", *self._pace()]
-        print("  ".join([*parts, *self._scores(), *self._values(), *self._load()]), file=self._stream, flush=True)
+        parts += [*self._scores(), *self._values(), *self._load(), *self._deaths()]
+        print("  ".join(parts), file=self._stream, flush=True)
 
     def _picture(self) -> RenderableType:
         from rich.console import Group
@@ -134,7 +138,7 @@ class Progress:
         if len(self._history) > 1:
             scores.append(f"   {sparkline(self._history)}", style="green")
         lines = [Text("   ".join(each), style="dim") for each in (self._values(), self._load()) if each]
-        return Group(first, scores, *lines)
+        return Group(first, scores, *lines, *(Text(each, style="red") for each in self._deaths()))
 
     def _share(self) -> float:
         return min(1.0, self.step / self.total) if self.total > 0 else 1.0
@@ -172,6 +176,12 @@ class Progress:
         fill = [f"{name[:-5]} {value:.0%} full" for name, value in shares.items() if name.endswith("_fill")]
         lag = [f"lag {self._learner['policy_lag']:.1f}"] if "policy_lag" in self._learner else []
         return ["busy: " + ", ".join(busy), *fill, *lag, f"limit: {measured['bottleneck']['limit']}"]
+
+    def _deaths(self) -> list[str]:
+        """How often roles were started again, and how many units of work were lost by that."""
+        counts = ((self._restarts, "restart"), (self._lost, "unit"))
+        parts = [f"{count:,} {what}{'s' if count > 1 else ''}" for count, what in counts if count]
+        return [", ".join(parts) + (" dropped" if self._lost else "")] if parts else []
 
     def _values(self) -> list[str]:
         shown = [

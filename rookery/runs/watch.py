@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -40,6 +40,10 @@ class Watched:
         self.found: dict[str, Any] | None = None  # the newest account
         self.step = 0
         self.ended = False
+        self.restarts: Counter[str] = Counter()  # by role
+        self.dropped: Counter[str] = Counter()  # units by reason
+        self.reason = ""  # of the last restart
+        self._first: Mapping[str, Any] | None = None  # row
         self._learner: Mapping[str, Any] = {}
         self._evaluation: Mapping[str, Any] = {}
         self._returns: deque[float] = deque(maxlen=100)
@@ -48,10 +52,14 @@ class Watched:
     def look(self) -> None:
         """Take in what is new. Raises RunFolderError and MetricsError if the folder is damaged."""
         rows = self._tail.rows()
+        if rows and rows[0] == self._first:  # the log was cut back, and comes anew
+            for counted in (self.restarts, self.dropped, self._returns):
+                counted.clear()
+        self._first = self._first or next(iter(rows), None)
         self.step = max((row["step"] for row in rows), default=self.step)
         for row in rows:
             if row.get("role") == RUNTIME:
-                self.found = row.get("measured", self.found)
+                self._take(row)
             elif row.get("role") == "learner" and row.get("index") == 0:
                 self._learner = row
             elif row.get("role") == "evaluator":
@@ -61,6 +69,21 @@ class Watched:
         self.ended = self.folder.ended
         if self.ended and "flows" in (summary := self.folder.read_summary()):
             self.found = condensed(summary)
+
+    def _take(self, row: Mapping[str, Any]) -> None:
+        """A row of the runtime: of a death, or what was measured since the row before."""
+        if "restarted" in row:
+            self.restarts[row["restarted"]] += 1
+            self.reason = f"{row['restarted']}, {row['reason']}" if "reason" in row else ""
+        if "measured" in row:
+            self.found = row["measured"]
+            self.dropped.update(row["measured"].get("dropped", {}))
+
+    def deaths(self) -> list[str]:
+        """Which roles were started again, how often and why, and how many units were dropped for what."""
+        named = (("restarted", self.restarts), ("dropped", self.dropped))
+        lines = [f"{what}: " + ", ".join(f"{of} {n:,}" for of, n in counts.items()) for what, counts in named if counts]
+        return [*lines, *([f"the last: {self.reason}"] if self.reason else [])]
 
     def status(self) -> str:
         """How far it has come, how fast it is and how good, in a line."""
@@ -113,12 +136,7 @@ def picture(watched: Watched, console: Console) -> RenderableType:
     limit, places = found["bottleneck"], scene(found)
     lines += [Text(overview(found), style="dim"), _columns(found, places, console.width)]
     lines += [Text(f"limit: {limit['limit']}", style="bold dark_orange"), Text(limit["because"]), Text(limit["change"])]
-    for name, counts in (("restarted", found["restarts"]), ("dropped", found["dropped"])):
-        if counts:
-            lines.append(
-                Text(f"{name}: " + ", ".join(f"{what} {count}" for what, count in counts.items()), style="red")
-            )
-    return Group(*lines)
+    return Group(*lines, *(Text(line, style="red") for line in watched.deaths()))
 
 
 def _columns(found: Mapping[str, Any], places: Scene, width: int) -> RenderableType:

@@ -7,13 +7,14 @@ system: it is freed with the last process that sees it, however that ends.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Parcel", "copied", "fits", "packed", "pour", "unpacked"]
+__all__ = ["Parcel", "content", "copied", "fill", "fits", "packed", "pour", "unpacked"]
 
 
 class Parcel:
@@ -73,5 +74,40 @@ def packed(value: Any) -> Any:
 def unpacked(value: Any) -> Any:
     """The inverse of `packed`."""
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
+        return torch.from_numpy(value if value.flags.writeable else value.copy())
     return {name: unpacked(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+def content(box: Any) -> list[np.ndarray]:
+    """The memory of a box's tensors as bytes, in the order in which they are found in it."""
+    return [_memory(tensor) for tensor in _tensors(box, set())]
+
+
+def fill(box: Any, content: list[np.ndarray]) -> None:
+    """Copy what is in another box of the same kind into this one."""
+    for tensor, memory in zip(_tensors(box, set()), content, strict=True):
+        np.copyto(_memory(tensor), memory)
+
+
+def _memory(tensor: Tensor) -> np.ndarray:
+    memory: np.ndarray = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return memory
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors in an object, each once."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    parts: Any = ()
+    if isinstance(value, Mapping) or hasattr(value, "batch_size"):  # a TensorDict is no Mapping
+        parts = value.values()
+    elif isinstance(value, (list, tuple)):
+        parts = value
+    elif hasattr(value, "__dict__"):
+        parts = vars(value).values()
+    for part in parts:
+        yield from _tensors(part, seen)

@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import multiprocessing.util
 import pickle
+import re
 import select
 import signal
 import threading
@@ -21,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rookery.runtimes.arrivals import DIED, KEPT, MESSAGE, PAUSE, RELENT, RESUME, TURN, Arrivals
-from rookery.runtimes.boxes import packed, unpacked
+from rookery.runtimes.boxes import fill, packed, unpacked
 from rookery.runtimes.inline import Deadlock, RoleError, State, restore, role_seed
 from rookery.runtimes.local_words import WORDS, Box, Member
 from rookery.runtimes.meter import WORK, Meter
@@ -35,11 +36,13 @@ log = logging.getLogger("rookery")
 TICK = 0.2  # seconds after which signals and deadlines are looked at, when nothing happens
 UNITS = ("put", "insert", "publish", "answer", "report", "advance")  # what a role says when it has done a unit of work
 BURST = 64  # messages heard from one member before the others have their turn
+SILENT = ("box", "content")  # messages that nobody goes on for
 ASIDE = ("box", "count")  # questions that are answered at once, and lend no work
 GRACE = 5.0  # seconds that a role has to close what it holds
 WINDOW = 600.0  # seconds in which deaths are counted
 STARTS = 4  # attempts to start a process, the second after
 PAUSE_BEFORE = 0.1  # seconds, the third after twice as many
+LONG = 200  # characters of an error's message in a row of metrics
 
 
 class Local:
@@ -95,7 +98,16 @@ class Local:
         return made
 
     def lend(self, member: Member, box: Box) -> int:
-        """The box's number, once the member knows what it stands for."""
+        """The box's number, once the member knows what it stands for, to be filled."""
+        box.edition += 1
+        return self.introduce(member, box)
+
+    def show(self, member: Member, box: Box) -> int:
+        """The same, to be read."""
+        return self.introduce(member, box)
+
+    def introduce(self, member: Member, box: Box) -> int:
+        """Tell a member what a box stands for, if it does not know; gives its number."""
         if box.value is not None and member.connection not in box.known_to:
             box.known_to.add(member.connection)
             self._send(member, "box", box.number, box.value)
@@ -176,7 +188,7 @@ class Local:
         while True:
             while self._answer_all() or not self._idle() or self._finish():
                 self._turn()
-            self._owing = {id(member) for member in self.members if not member.over}
+            self._owing = {id(member) for member in self.members if not member.over and not member.away}
             for member in self.members:
                 member.since = time.monotonic()
                 self._send(member, "state")
@@ -215,8 +227,9 @@ class Local:
         """Answer what can be answered, and hear what there is to be heard."""
         self._answer_all()
         self._note(TURN)
-        at = {member.connection: member for member in self.members if not member.over}
-        if self._idle() and not self._paused and not self._ended() and not _heard(at, 0):
+        at = {member.connection: member for member in self.members if not member.over and not member.away}
+        stuck = self._idle() and not any(member.away for member in self.members)
+        if stuck and not self._paused and not self._ended() and not _heard(at, 0):
             if self._relent():
                 self._note(RELENT)
                 return
@@ -253,7 +266,7 @@ class Local:
             if message[0] == "told":  # which changes nothing
                 self.meter.role(member.name).tells(message[1], time.perf_counter())
             else:
-                if message[0] != "box" and not (message[0] == "ask" and message[2] in ASIDE):
+                if message[0] not in SILENT and not (message[0] == "ask" and message[2] in ASIDE):
                     self._note(KEPT if message[0] == "kept" else MESSAGE, member)
                 self._take(member, message)
             if member.over or member.connection is not connection or not _heard([connection], 0):
@@ -284,7 +297,7 @@ class Local:
             self.arrivals.note(what, 0 if member is None else self.members.index(member))
 
     def _idle(self) -> bool:
-        return all(member.over or member.waiting is not None for member in self.members)
+        return all(member.over or member.away or member.waiting is not None for member in self.members)
 
     def _hear(self, member: Member, kind: str, *rest: Any) -> None:
         member.since, member.spoke, self.meter.who = time.monotonic(), True, member.name
@@ -302,6 +315,9 @@ class Local:
             number, value = rest
             self._boxes[number].value = value
             self._boxes[number].known_to = {member.connection}
+        elif kind == "content":
+            number, content = rest
+            fill(self._boxes[number].value, content)
         elif kind == "report":
             self.report(member.spec.name, member.spec.index, *rest)
             self._credit(member, kind)
@@ -410,9 +426,12 @@ class Local:
                 lost += word.reclaim(filling, reading)
             if hasattr(word, "forget"):
                 word.forget(member)
+        if not (lost or member.reading) and member.granted and member.starts and member.waiting is None:
+            lost = 1  # of what lies in no slot: steps and an update of memory that stays, an evaluation
         member.filling, member.reading, member.waiting = {}, {}, None
         self.dropped += lost
-        self.meter.role(member.name).dies(lost, time.perf_counter())
+        why = _brief(reason, str(error))
+        self.meter.role(member.name).dies(lost, why, time.perf_counter())
         log.warning("%s failed: %s", member.name, reason, exc_info=error)
         member.over = True  # if it is not started again
         if member.failures >= self.failures:
@@ -421,14 +440,15 @@ class Local:
             within = f"{len(member.deaths)} times within {WINDOW / 60:g} minutes"
             raise RoleError(f"{member.name} failed {within}: {reason}") from error
         self.restarts += 1
-        self.report("runtime", member.spec.index, self.steps, {"restarted": member.name, "dropped": lost})
+        row = {"restarted": member.name, "dropped": lost, "reason": why}
+        self.report("runtime", member.spec.index, self.steps, row)
         self._start(member)
 
     def _look_after(self) -> None:
         """Start again who has died silently or is not heard of."""
         now = time.monotonic()
         for member in self.members:
-            works = member.waiting is None or id(member) in self._owing
+            works = (member.waiting is None and not member.away) or id(member) in self._owing
             if works and not member.over and now - member.since > self.deadline:
                 reason = f"it was not heard of for {self.deadline:g} s"
                 self._note(DIED, member)
@@ -493,4 +513,16 @@ def _open_many_files() -> None:
 def _cause(process: Any) -> str:
     process.join(GRACE)
     code = process.exitcode
+    if isinstance(code, str):
+        return code
     return f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+
+
+def _brief(reason: str, trace: str) -> str:
+    """Why a role ended, in a line: the reason, or of an error what its traceback ends with, and where that is."""
+    places = re.findall(r'File "(?:.*[/\\])?(.+?)", line (\d+)', trace)
+    if not places:
+        return reason
+    lines, first = trace.strip().splitlines(), reason.partition("\n")[0]
+    said = next((line for line in reversed(lines) if line.endswith(first)), lines[-1])  # a message may have many lines
+    return f"it raised {said.strip()[:LONG]} ({places[-1][0]}, line {places[-1][1]})"

@@ -28,7 +28,10 @@ class Lender(Protocol):
         """A new box."""
 
     def lend(self, member: Member, box: Box) -> int:
-        """The box's number, once the member knows what it stands for."""
+        """The box's number, once the member knows what it stands for, to be filled."""
+
+    def show(self, member: Member, box: Box) -> int:
+        """The same, to be read."""
 
 
 class Box:
@@ -36,6 +39,7 @@ class Box:
 
     def __init__(self, number: int, value: Any = None) -> None:
         self.number, self.value = number, value
+        self.edition = 0  # another for each time that its content may have changed
         self.known_to: set[Connection] = set()
 
     def batch(self) -> Any:
@@ -64,6 +68,7 @@ class Member:
     spoke: bool = False  # since its process began
     advanced: bool = False  # the run's clock, since its process began
     over: bool = False
+    away: bool = False  # it has no place to be at yet
     lives: int = 0  # that are over
     deaths: list[float] = field(default_factory=list)  # when its processes ended
     failures: int = 0  # in a row
@@ -99,7 +104,7 @@ class LocalQueue(InlineQueue):
     async def ask_get(self, member: Member, count: int) -> list[int]:
         boxes = await self.get(count)
         member.reading.update({box.number: (self.name, box) for box in boxes})
-        return [self.runtime.lend(member, box) for box in boxes]
+        return [self.runtime.show(member, box) for box in boxes]
 
     def tell_put(self, member: Member, number: int) -> None:
         self.put(member.filling.pop(number)[1])
@@ -196,7 +201,7 @@ class LocalWeights(InlineWeights):
         assert self._newest is not None
         self._readings[id(member)] = Reading(self._newest, self._era)
         self.meter.reads(self._newest.version)
-        return self._newest.version, self.runtime.lend(member, self._newest.values), self._newest.steps
+        return self._newest.version, self.runtime.show(member, self._newest.values), self._newest.steps
 
     def _turn(self) -> None:
         self._era, self._turning = self._era + 1, False
@@ -270,8 +275,9 @@ class LocalReplay(InlineReplay):
             self._samples.append(box)
         else:
             pour(samples, box.value)
+            box.edition += 1
         self._lent[id(member)] = (drawn, box)
-        return self.runtime.lend(member, box), self.inserts
+        return self.runtime.show(member, box), self.inserts
 
     def tell_prioritise(self, member: Member, index: np.ndarray, priorities: np.ndarray) -> None:
         self.prioritise(unpacked(index), unpacked(priorities))
@@ -314,21 +320,26 @@ class LocalCalls(InlineCalls):
         return self.runtime.lend(member, box)
 
     def tell_ask(self, member: Member, number: int) -> None:
+        self._boxes[number].edition += 1
         self._asked[number] = member, self.ask(self._boxes[number])
 
     async def ask_answer(self, member: Member, number: int) -> Any:
-        return await self._asked[number][1]
+        answer = await self._asked[number][1]
+        self.runtime.show(member, self._boxes[number])
+        return answer
 
     async def ask_requests(self, member: Member, most: int) -> list[tuple[int, int]]:
         found = []
         for answer in await self.take(most):
             self._taken += 1
             self._open[self._taken] = member, answer
-            found.append((self._taken, self.runtime.lend(member, answer.slot)))
+            found.append((self._taken, self.runtime.show(member, answer.slot)))
         return found
 
     def tell_answer(self, member: Member, number: int, value: Any) -> None:
-        self._open.pop(number)[1].give(value)
+        answer = self._open.pop(number)[1]
+        answer.slot.edition += 1
+        answer.give(value)
 
     def forget(self, member: Member) -> None:
         """What a dead member asked is no longer asked; what it did not answer waits again, as the first."""

@@ -58,7 +58,7 @@ class RoleMeter:
         self._worked = 0.0  # seconds, when it last told
         self._at: str | None = None  # the word that it waits for, or WORK
         self._since = 0.0
-        self._deaths = 0
+        self._deaths, self._reason = 0, ""
 
     def turn(self, to: str | None, now: float) -> None:
         """From now on it works, waits for a word, or does neither (None)."""
@@ -71,10 +71,10 @@ class RoleMeter:
         self.turn(self._at, now)
         self._told, self._worked = account, self._seconds[WORK]
 
-    def dies(self, lost: int, now: float) -> None:
+    def dies(self, lost: int, reason: str, now: float) -> None:
         """Its process does, and so many units are lost; what it told stays true."""
         self.turn(None, now)
-        self._deaths += 1
+        self._deaths, self._reason = self._deaths + 1, reason
         self._before = combined(combined(self._before, self._told), {"dropped": {"died": lost}})
         self._told, self._seconds[WORK] = told(None), self._worked
 
@@ -82,7 +82,7 @@ class RoleMeter:
         """Its work as far as it told of it, and its waits until now."""
         self.turn(self._at, now)
         waiting = {word: seconds for word, seconds in self._seconds.items() if word != WORK}
-        own = {"work": self._worked, "waiting": waiting, "restarts": self._deaths}
+        own = {"work": self._worked, "waiting": waiting, "restarts": self._deaths, "reason": self._reason}
         return {**own, "cpu": 0.0, **combined(self._before, self._told)}
 
 
@@ -152,7 +152,10 @@ class Meter:
         return now
 
     def measured(self, words: Mapping[str, Any], processes: int = 1) -> dict[str, Any]:
-        """All of it, as a nested dict of numbers that only grow, but for the words' kinds, sizes and levels."""
+        """All of it, as a nested dict of numbers that only grow.
+
+        But for the words' kinds, sizes and levels, and the `reason` that a role last died for.
+        """
         now = time.perf_counter()
         roles = {name: role.measured(now) for name, role in self._roles.items()}
         return {

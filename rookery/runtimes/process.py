@@ -13,17 +13,18 @@ import traceback
 import types
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from rookery.runtimes.boxes import copied, fits, packed, pour, unpacked
+from rookery.runtimes.boxes import copied, fill, fits, packed, pour, unpacked
 from rookery.runtimes.inline import restore
 from rookery.runtimes.meter import Told, combined, told
 from rookery.runtimes.words import Part, Published, RoleSpec, Stateful
 
-__all__ = ["UNGUARDED", "Ended", "Link", "begun", "leave_if_imported", "main"]
+__all__ = ["UNGUARDED", "Ended", "Link", "begun", "leave_if_imported", "live", "main"]
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 SHARE = 0.01  # of a role's time that may go into handing over its state
@@ -85,6 +86,9 @@ class Link:
                 raise Ended from error
             if kind == "box":
                 self.know(*rest)
+            elif kind == "content":
+                number, content = rest
+                fill(self.boxes[number], content)
             elif kind == "state":
                 self.account()
                 self.send("state", self.state())
@@ -112,6 +116,9 @@ class Link:
         self.send("box", number, box)
         return box
 
+    def gives(self, box: Any) -> None:
+        """What is in a box is for others to see: they do, where they share its memory."""
+
     def state(self) -> dict[str, Any] | None:
         """The role's state, packed."""
         return None if self.part is None else packed(self.part.state())
@@ -137,6 +144,7 @@ class LinkedQueue:
         return self.link.boxes[number] if number in self.link.boxes else self.link.make(number, make())
 
     def put(self, slot: Any) -> None:
+        self.link.gives(slot)
         self.link.tell(self.name, "put", self.link.numbers[id(slot)])
 
     async def get(self, count: int) -> list[Any]:
@@ -158,6 +166,7 @@ class LinkedWeights:
         number = link.aside(self.name, "box")
         if number in link.boxes and fits(link.boxes[number], values):
             pour(values, link.boxes[number])
+            link.gives(link.boxes[number])
         else:
             link.make(number, copied(values))
         link.tell(self.name, "publish", version, number, steps)
@@ -185,6 +194,7 @@ class LinkedReplay:
 
     def insert(self, slot: Any, count: int, writer: int = 0) -> None:
         self.inserts += count
+        self.link.gives(slot)
         self.link.tell(self.name, "insert", self.link.numbers[id(slot)], count, writer)
 
     async def sample(self, count: int, most: int = 1, **how: Any) -> Any:
@@ -221,15 +231,18 @@ class LinkedCalls:
 
     def ask(self, slot: Any) -> LinkedAnswer:
         number = self.link.numbers[id(slot)]
+        self.link.gives(slot)
         self.link.tell(self.name, "ask", number)
         return LinkedAnswer(self.link, self.name, number)
 
     async def requests(self, most: int) -> list[tuple[Any, Callable[[Any], None]]]:
-        def answer(number: int) -> Callable[[Any], None]:
-            return lambda value: self.link.tell(self.name, "answer", number, value)
+        def answer(number: int, slot: Any, value: Any) -> None:
+            self.link.gives(slot)
+            self.link.tell(self.name, "answer", number, value)
 
         asked = await self.link.ask(self.name, "requests", most)
-        return [(self.link.boxes[slot], answer(number)) for number, slot in asked]
+        slots = [(number, self.link.boxes[slot]) for number, slot in asked]
+        return [(slot, partial(answer, number, slot)) for number, slot in slots]
 
 
 WORDS = {"queue": LinkedQueue, "weights": LinkedWeights, "replay": LinkedReplay, "calls": LinkedCalls}
@@ -272,7 +285,11 @@ def main(connection: Connection, spec: RoleSpec, seed: int, saved: dict[str, Any
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _die_with_parent()
     torch.set_num_threads(threads)
-    link = Link(connection)
+    live(Link(connection), spec, seed, saved)
+
+
+def live(link: Link, spec: RoleSpec, seed: int, saved: dict[str, Any] | None) -> None:
+    """Play a role from its beginning until the runtime has heard how it ended."""
     try:
         try:
             _play(begun(link, spec, seed, saved), spec.name)

@@ -191,6 +191,7 @@ async def idler(role: Any, weights: Any) -> None:
     """Says that it lives, and waits for what never comes."""
     role.keep(Lesson())
     role.report(0, {"alive": True})
+    await weights.latest()
     await weights.newer_than(10**9)
 
 

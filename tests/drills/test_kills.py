@@ -25,7 +25,7 @@ import torch
 
 import rookery
 from rookery.runtimes.inline import RoleError
-from rookery.runtimes.local import Local
+from rookery.runtimes.local import Local, _brief
 from rookery.runtimes.words import Graph
 from rookery.train import Keeper
 
@@ -147,7 +147,9 @@ def test_every_role_may_die(seed: int) -> None:
     rows, state, local = run(mortals.in_step(2, until=FOREVER), killer)
     killer.check()
     assert local.restarts == 12
-    assert sum(row[3]["dropped"] for row in rows if row[0] == "runtime") == local.dropped
+    deaths = [row[3] for row in rows if row[0] == "runtime"]
+    assert sum(death["dropped"] for death in deaths) == local.dropped
+    assert {death["reason"] for death in deaths} == {"its process ended (signal 9)"}
     check_lessons([row for row in rows if row[0] == "learner"], state)
 
 
@@ -225,7 +227,9 @@ def test_who_dies_each_time_ends_the_run() -> None:
     rows: Rows = []
     with pytest.raises(RoleError, match=r"^brittle 2 failed 3 times in a row: its process ended \(exit status 3\)$"):
         Local(lambda *row: rows.append(row)).run(graph, lambda steps, snapshot: False)
-    assert [row[3]["restarted"] for row in rows] == ["brittle 2"] * 2
+    assert [row[3] for row in rows] == [
+        {"restarted": "brittle 2", "dropped": 1, "reason": "its process ended (exit status 3)"}
+    ] * 2, "what it had begun lies in no slot, and is lost nevertheless"
 
 
 def test_who_gets_no_further_ends_the_run() -> None:
@@ -242,7 +246,7 @@ def test_who_hangs_is_replaced(tmp_path: Path) -> None:
     graph.role(mortals.sleeper, weights=graph.word("weights", "weights"), marker=marker, ends_run=True)
     rows, _, _ = run(graph, deadline=2.0)
     assert marker.exists()
-    assert {row[3]["restarted"] for row in rows} == {"sleeper 0"}
+    assert {(row[3]["restarted"], row[3]["reason"]) for row in rows} == {("sleeper 0", "it was not heard of for 2 s")}
 
 
 def test_who_hangs_at_the_beginning_of_a_message_is_replaced(tmp_path: Path) -> None:
@@ -292,7 +296,9 @@ def test_who_is_killed_while_idle_has_not_failed() -> None:
             lives.append(role)
 
     def between(steps: int, snapshot: Callable[[], Any]) -> bool:
-        if len(kills) < 5 and len(lives) > len(kills) and local.members[1].waiting is not None:
+        idler = local.members[1]
+        idle = idler.granted and idler.waiting is not None  # it has read weights, and waits for newer ones
+        if len(kills) < 5 and len(lives) > len(kills) and idle:
             kills.append(process_of("idler 0").pid)
             kill(kills[-1])
         return len(lives) == 6
@@ -300,6 +306,7 @@ def test_who_is_killed_while_idle_has_not_failed() -> None:
     local = Local(report, deadline=PATIENCE)
     local.run(beside_a_clock(mortals.idler), between)
     assert local.restarts == len(kills) == 5
+    assert local.dropped == 0
 
 
 def test_who_fails_every_time_after_a_while_ends_the_run() -> None:
@@ -307,6 +314,25 @@ def test_who_fails_every_time_after_a_while_ends_the_run() -> None:
     with pytest.raises(RoleError, match=r"^corrupt 0 failed 6 times within 10 minutes: a corrupt level$") as caught:
         run(beside_a_clock(mortals.corrupt), often=6)
     assert caught.value.state["roles"]["ticking_0"]["steps"] > 0
+
+
+TRACE = """Traceback (most recent call last):
+  File "/home/me/rookery/runtimes/process.py", line 300, in main
+    _play(begun(link, spec, seed, saved), spec.name)
+  File "C:\\games\\chess.py", line 12, in step
+    raise Foul(move)
+"""
+ERRORS = {
+    ("e2e5", "chess.Foul: e2e5"): "it raised chess.Foul: e2e5 (chess.py, line 12)",
+    ("AssertionError()", "AssertionError"): "it raised AssertionError (chess.py, line 12)",
+    ("no kernel\nset A=1\nor B", "E: no kernel\nset A=1\nor B"): "it raised E: no kernel (chess.py, line 12)",
+    ("x" * 900, "E: " + "x" * 900): f"it raised E: {'x' * 197} (chess.py, line 12)",
+}
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error[1][:20])
+def test_what_was_raised_is_told_in_a_line(error: tuple[str, str]) -> None:
+    assert _brief(error[0], TRACE + error[1] + "\n") == ERRORS[error]
 
 
 @pytest.mark.parametrize("anew", [False, True])
@@ -397,7 +423,9 @@ def test_actors_and_who_acts_for_them_may_die(deaths: Any, tmp_path: Path) -> No
     found = rookery.train("impala", "CartPole-v1", run_dir=tmp_path / "run", eval_every=500, **settings)
     killer.check()
     assert found.summary["steps"] >= 4_000
-    assert found.summary["restarts"] == {"actor 0": 1, "actor 1": 1, "inference 0": 3, "learner 0": 1}
+    died = {"actor 0": 1, "actor 1": 1, "inference 0": 3, "learner 0": 1}
+    reason = "its process ended (signal 9)"
+    assert found.summary["restarts"] == {name: {"times": times, "reason": reason} for name, times in died.items()}
     assert found.summary["dropped"].keys() <= {"died"}
 
 
@@ -444,6 +472,7 @@ def test_what_workers_share_outlives_them(deaths: Any, tmp_path: Path) -> None:
     assert memory["steps"].sum() == found.summary["steps"] >= 5_000
     updates = memory["updates"].sum()
     assert updates * 4 * 5 >= found.summary["steps"]
+    assert 1 <= found.summary["dropped"]["died"] <= 6, "who acts and learns holds no slot; what it was at is lost"
     assert 0.9 * updates <= memory["statistics"]["all"]["step"] <= updates + 6
 
 

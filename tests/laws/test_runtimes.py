@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,6 +18,7 @@ from tiny import differences, home, metrics, tiny
 from torch import Tensor
 
 import rookery
+from rookery.runtimes.ray import Ray
 from rookery.train import Keeper
 
 SHORT = {"max_steps": 30}
@@ -62,6 +65,15 @@ def _unlike(path: str, one: Any, two: Any) -> list[str]:
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_inline_equals_local(system: str, whole: Any, tmp_path: Path) -> None:
     assert unlike(whole(system), run(system, "local", tmp_path / "run")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_inline_equals_ray(system: str, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every role an actor of its own, as on different hosts."""
+    pytest.importorskip("ray")
+    monkeypatch.setattr(sys.modules["rookery.train"], "Ray", functools.partial(Ray, shares=False))
+    assert unlike(whole(system), run(system, "ray", tmp_path / "run")) == []
 
 
 def stop_at(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ def role(work: float = 0.0, steps: int = 0, cpu: float = 0.0, **parts: float) ->
     waiting = {name[5:]: value for name, value in parts.items() if name.startswith("wait_")}
     activities = {name.replace("_", " "): value for name, value in parts.items() if not name.startswith("wait_")}
     own = {"work": work, "waiting": waiting, "activities": activities, "steps": steps, "cpu": cpu}
-    return {**own, "restarts": 0, "dropped": {}}
+    return {**own, "restarts": 0, "reason": "", "dropped": {}}
 
 
 def word(kind: str, given: dict[str, int], taken: dict[str, int], **more: Any) -> dict[str, Any]:
@@ -68,12 +68,17 @@ def test_nothing_measured_yet_is_no_error() -> None:
 
 
 def test_restarts_and_drops() -> None:
-    died = {**ACTOR, "restarts": 2, "dropped": {"died": 3, "stale": 0}}
+    died = {**ACTOR, "restarts": 2, "reason": "it fell", "dropped": {"died": 3, "stale": 0}}
     found = account(measured({"actor 0": died, "actor 1": {**ACTOR, "dropped": {"died": 1}}}))
-    assert found["restarts"] == {"actor 0": 2}
+    assert found["restarts"] == {"actor 0": {"times": 2, "reason": "it fell"}}
     assert found["dropped"] == {"died": 4}
     assert flat(found)["restarts"] == 2
     assert flat(found)["dropped"] == 4
+    later = measured({"actor 0": {**died, "restarts": 3, "reason": "it slept"}})
+    assert account(since(later, measured({"actor 0": died})))["restarts"] == {
+        "actor 0": {"times": 1, "reason": "it slept"}
+    }
+    assert account(since(later, later))["restarts"] == {}
 
 
 def test_since_is_what_was_added() -> None:

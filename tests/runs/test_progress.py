@@ -71,12 +71,35 @@ def measured(processes: int) -> dict[str, Any]:
     return {**shares, "measured": {"processes": processes, "bottleneck": {"limit": "environment"}}}
 
 
+DEATHS = {
+    (): "",
+    (0,): "1 restart",
+    (1,): "1 restart, 1 unit dropped",
+    (1, 0, 2): "3 restarts, 3 units dropped",
+}
+
+
+@pytest.mark.parametrize("lost", DEATHS)
+def test_deaths_are_shown_once_there_are_any(
+    lost: tuple[int, ...], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for stream in (io.StringIO(), Terminal()):
+        shown = Progress(100, stream=stream)
+        for units in lost:
+            shown.update(row(1, "runtime", restarted="actor 0", dropped=units, reason="it fell"))
+        shown.update(row(1, loss=0.5))
+        shown.close()
+        text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()).rstrip()
+        assert text.endswith(DEATHS[lost] or "loss 0.5")
+        assert ("restart" in text) == bool(lost)
+
+
 @pytest.mark.parametrize("processes", [1, 4])
 def test_who_is_busy_is_shown_of_several_processes(processes: int, clock: Clock) -> None:
     stream = io.StringIO()
     shown = Progress(100, stream=stream)
     shown.update(row(1, "runtime", **measured(processes)))
-    shown.update(row(1, "runtime", restarted="actor 0", dropped=1))
     shown.update(row(1, policy_lag=1.25))
     shown.close()
     text = "busy: actor 93%, learner 40%  unrolls 50% full  lag 1.2  limit: environment\n"

@@ -36,7 +36,7 @@ def frame(run: Path, **how: Any) -> str:
 
 def test_a_run_that_is_over(tmp_path: Path) -> None:
     account = actors_learner()
-    account["restarts"], account["dropped"] = {"actor 1": 2}, {"died": 3}
+    account["dropped"] = {"died": 3}
     account["words"]["unrolls"]["fill"] = 0.5
     text = frame(ran(tmp_path, account, ended=True))
     lines = text.splitlines()
@@ -54,7 +54,7 @@ def test_a_run_that_is_over(tmp_path: Path) -> None:
         assert shown in text
     assert "environment 30%" in text
     assert "1.23k steps/s" in text
-    assert "limit: learner\nSo it is.\nDo this.\nrestarted: actor 1 2\ndropped: died 3\n" in text
+    assert "limit: learner\nSo it is.\nDo this.\nrestarted: actor 0 1\ndropped: died 3\n" in text
     assert "\x1b" not in text
     beside = next(line for line in lines if "actor 0  busy" in line)
     assert "unrolls" in beside
@@ -133,6 +133,25 @@ def test_a_tail_begins_anew_when_the_log_is_cut_back(after: int, tmp_path: Path)
         log.append({"step": step, "again": True})
     assert [row["step"] for row in tail.rows()] == list(range(2 + after))
     assert tail.rows() == []
+
+
+def test_deaths_are_of_the_whole_run(tmp_path: Path) -> None:
+    """Each row tells of the time since the one before; a log that is cut back and read anew counts once."""
+    run = ran(tmp_path, {**replay(), "dropped": {"died": 1, "stale": 7}}, ended=False)  # in which an actor died
+    watched = Watched(RunFolder.open(run))
+    watched.look()
+    log = MetricsLog(run / "metrics.jsonl")
+    for step in (20, 30):
+        died = {"restarted": "learner 0", "dropped": 1, "reason": "it raised ValueError: no (roles.py, line 3)"}
+        log.append({"step": step, "role": "runtime", "index": 0, **died})
+        log.append({"step": step, "role": "runtime", "index": 0, "measured": {**replay(), "dropped": {"died": 1}}})
+        watched.look()
+    said = ["dropped: died 3, stale 7", "the last: learner 0, it raised ValueError: no (roles.py, line 3)"]
+    assert watched.deaths() == ["restarted: actor 0 1, learner 0 2", *said]
+    assert all(line in frame(run) for line in watched.deaths())
+    log.truncate_after(20)
+    watched.look()
+    assert watched.deaths()[:2] == ["restarted: actor 0 1, learner 0 1", "dropped: died 2, stale 7"]
 
 
 def test_watched_takes_the_newest(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,10 +128,11 @@ def test_a_death_is_counted_and_what_was_told_before_stays(tmp_path: Path) -> No
     graph = digging(0.3, rounds=3, gets=4, diggers=1, marker=tmp_path / "died")
     found = measured("local", graph)["roles"]
     assert found["digger 0"]["restarts"] == 1
+    assert re.fullmatch(r"it raised RuntimeError: the spade broke \(roles.py, line \d+\)", found["digger 0"]["reason"])
     assert found["digger 0"]["dropped"] == {"stale": 4, "died": 1}
     assert found["digger 0"]["activities"]["digging"] == pytest.approx(1.2)
     assert found["digger 0"]["steps"] == 12
-    assert found["taker 0"]["restarts"] == 0
+    assert (found["taker 0"]["restarts"], found["taker 0"]["reason"]) == (0, "")
 
 
 @each_runtime
@@ -180,11 +182,12 @@ def test_clock_of_a_role() -> None:
     role.tells({"activities": {"digging": 2.0}, "steps": 1}, 4.0)
     found = role.measured(9.0)
     assert (found["work"], found["waiting"]) == (2.5, {"queue": 0.5})
-    role.dies(2, 10.0)
+    role.dies(2, "it fell", 10.0)
     role.turn("queue", 20.0)
     found = role.measured(21.0)
     assert (found["work"], found["waiting"]) == (2.5, {"queue": 1.5})
     assert (found["restarts"], found["dropped"], found["steps"]) == (1, {"died": 2}, 1)
+    assert found["reason"] == "it fell"
 
 
 def test_bytes() -> None:
