@@ -8,15 +8,19 @@ Sample Factory needs an older Gymnasium than Rookery does, so it lives in an env
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
+import signal
 import subprocess
 import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from common import begin, child, chosen, finish, interleaved, machine, parser, ratios, spread, table
+from common import begin, chosen, finish, machine, parser, ratios, spread, table
+from kept import keeping, keeps, told
 
 NOTES = """Steps/s are those learnt from, between the first and the last row that a side logs in a run of its own
 processes, so without start-up. Both sides: `actors` processes with `lanes` environments each, one learner, unrolls of
@@ -31,6 +35,10 @@ CASES = {
     "CartPole, 2 × 64 lanes": {"env": "CartPole-v1", "actors": 2, "lanes": 64, "steps": 800_000},
 }
 UNROLL = 32
+LIMIT = 900.0  # seconds a run may take: Sample Factory waits for ever where one of its processes fails
+GRACE = 60.0  # seconds more, until a run that has not ended by itself is killed
+PEERS = ("sample-factory", "torch", "numpy", "gymnasium")  # on its side
+VERSIONS = f"import json, importlib.metadata as m; print(json.dumps({{p: m.version(p) for p in {PEERS}}}))"
 FPS = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3})\].*Total num frames: (\d+)")
 
 
@@ -69,16 +77,35 @@ def sample_factory(spec: dict[str, Any]) -> dict[str, Any]:
         words += ["--encoder_mlp_layers", "64", "64"]
         environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         command = [spec["peer"], "-m", "sf_examples.train_gym_env", *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=spec["limit"])
-    seen = [
-        (datetime.strptime(when, "%Y-%m-%d %H:%M:%S,%f"), int(frames))
-        for when, frames in FPS.findall(done.stderr + done.stdout)
-    ]
+        status, said = _ended(command, environment, spec["limit"])
+        _, versions = _ended([spec["peer"], "-c", VERSIONS], environment, spec["limit"])
+    seen = [(datetime.strptime(when, "%Y-%m-%d %H:%M:%S,%f"), int(frames)) for when, frames in FPS.findall(said)]
     seen = [(when, frames) for when, frames in seen if frames]
-    if done.returncode or len(seen) < 2:
-        raise RuntimeError(f"Sample Factory ended with status {done.returncode}: {done.stderr[-2000:]}")
+    if status or len(seen) < 2:
+        raise RuntimeError(f"Sample Factory ended with status {status}: {said[-2000:]}")
     (began, before), (ended, after) = seen[0], seen[-1]
-    return _result(after - before, (ended - began).total_seconds())
+    result = _result(after - before, (ended - began).total_seconds())
+    return {**result, "versions": json.loads(versions.splitlines()[-1])}
+
+
+def _ended(command: list[str], environment: dict[str, str], limit: float) -> tuple[int, str]:
+    """The status that a command ends with, and what it said; whom it has started ends with it.
+
+    Raises:
+        RuntimeError: if it takes more than `limit` seconds.
+    """
+    with tempfile.TemporaryFile("w+") as said:
+        run = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = run.wait(limit)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"Sample Factory has not ended after {limit:g} s.") from error
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+        said.seek(0)
+        return status, said.read()
 
 
 def _result(steps: int, seconds: float) -> dict[str, Any]:
@@ -90,11 +117,12 @@ def main() -> None:
     flags = parser(__doc__ or "", rounds=3)
     flags.add_argument("--peer", help="a Python that has Sample Factory; without, ours runs alone")
     flags.add_argument("--cases", default="", help="parts of the cases' names, with semicolons between")
+    keeping(flags, "async_throughput")
     args = begin(flags, {"ours": ours, "peer": sample_factory})
     about, cases = machine(args.cores), chosen(CASES, args.cases)
-    found, rows = {}, []
+    limit = 120.0 if args.smoke else LIMIT
+    found, rows, failed, versions = {}, [], [], {}
     for name, case in cases.items():
-        case |= {"limit": 120 if args.smoke else 900}  # seconds: it waits for ever where one of its processes fails
         case = {**case, "steps": 20_000, "times": 1} if args.smoke else {**case, "times": 4}
         variants = {
             "ours": {"kind": "ours", **case, "backend": "", "compile": False},
@@ -102,21 +130,26 @@ def main() -> None:
             "ours, gym": {"kind": "ours", **case, "backend": "gym:", "compile": False},
         }
         if args.peer:
-            variants["Sample Factory"] = {"kind": "peer", **case, "peer": str(Path(args.peer).absolute())}
+            peer = str(Path(args.peer).absolute())
+            variants["Sample Factory"] = {"kind": "peer", **case, "peer": peer, "limit": limit}
         print(name)
-        results = interleaved(
-            variants,
-            args.rounds,
-            lambda spec, _: child(__file__, spec, args.cores),
-            lambda result: f"{result['steps_per_second']:,.0f} steps/s",
+        results, left = keeps(
+            __file__, variants, args, lambda run: f"{run['steps_per_second']:,.0f} steps/s", limit + GRACE
         )
         found[name] = {"settings": case, "results": results}
-        rates = {who: [each["steps_per_second"] for each in rounds] for who, rounds in results.items()}
-        theirs = rates.get("Sample Factory")
+        failed += [f"{name}, {each}" for each in left]
+        rates = {who: {run["seed"]: run["steps_per_second"] for run in runs} for who, runs in results.items()}
+        theirs = rates.get("Sample Factory", {})
+        versions |= results.get("Sample Factory", [{}])[0].get("versions", {})
         for who, each in rates.items():
-            rows.append([name, who, f"{spread(each):,.0f}", f"{ratios(each, theirs):.2f}" if theirs else ""])
-    head = ["case", "who", "steps/s", "times Sample Factory's"]
-    finish(args, "async_throughput", about, {"cases": found}, "Asynchronous PPO", table(head, rows), NOTES)
+            both = [seed for seed in each if seed in theirs]
+            times = f"{ratios([each[seed] for seed in both], [theirs[seed] for seed in both]):.2f}" if both else ""
+            rows.append([name, who, f"{spread([*each.values()]):,.0f}", times, len(each)])
+    head = ["case", "who", "steps/s", "times Sample Factory's", "rounds"]
+    other = [f"On its side: {', '.join(' '.join(each) for each in versions.items())}."] if versions else []
+    text = [table(head, rows), NOTES, *other, *told(failed)]
+    result = {"cases": found, "versions_of_peer": versions, "failed": failed}
+    finish(args, "async_throughput", about, result, "Asynchronous PPO", *text)
 
 
 if __name__ == "__main__":

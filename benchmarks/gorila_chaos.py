@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -14,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import begin, chosen, finish, machine, over_seeds, parser, table
+from common import begin, chosen, finish, machine, parser, table
+from kept import keeping, keeps, told
 
 from rookery.algorithms.dqn import DQN
 from rookery.runtimes.words import Graph
@@ -32,13 +34,16 @@ ARMS: dict[str, dict[str, float]] = {
     "poisoned": {"poison": POISON},
     "all": {"slow": SLOW, "kills": KILLS, "poison": POISON},
 }
+COUNTS = ("updates", "stale", "outliers", "restarts", "lost")
 GOAL = 475.0
+LIMIT = 1_800.0  # seconds a run may take
 NOTES = f"""Four bundles and two shards, each a process; the settings of `rookery train gorila CartPole-v1` but the
 safeguards, which are max_delay=20 and outliers=30, or off. Slow: bundle 0 sleeps {SLOW * 1000:g} ms a gradient. Dying:
 every {KILLS:g} s a bundle chosen at random is killed (SIGKILL), and begins again at once. Poisoned: with probability
 {POISON:g} the rewards of a batch of samples are multiplied by 1000, in every bundle. All: all three. The return is that
 of 20 greedy episodes at the end, of each seed; "reached" is the updates of the server at the first evaluation of 475 or
-more, and "held" whether all later ones were. Dropped are the gradients of all bundles."""
+more, and "held" whether all later ones were. Stale and outliers are gradients dropped, of all bundles; restarts are of
+processes, and lost what they were at. A round is a seed, from 0 on; these columns are medians over seeds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +93,8 @@ def kill(seed: int, every: float, over: threading.Event) -> None:
     while not over.wait(every):
         bundles = [process for process in multiprocessing.active_children() if process.name.startswith("learner")]
         if bundles:
-            os.kill(lots.choice(sorted(bundles, key=lambda each: each.name)).pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(lots.choice(sorted(bundles, key=lambda each: each.name)).pid, signal.SIGKILL)
 
 
 def train(spec: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         parameter_server.wire, poison=faults.get("poison", 0.0), slow=faults.get("slow", 0.0)
     )
     settings = {"actors": 4, "shards": 2, "seed": spec["seed"], "runtime": "local", **(SAFE if spec["safe"] else BARE)}
-    settings |= {"device": "cpu", "threads": 1, "quiet": True, "sinks": ()}
+    settings |= {"device": "cpu", "threads": 1, "deadline": 120.0, "quiet": True, "sinks": ()}
     settings |= {"steps": spec["steps"]} if spec["steps"] else {}
     over, every = threading.Event(), faults.get("kills", 0.0)
     killer = threading.Thread(target=kill, args=(spec["seed"], spec["kills"] or every, over), daemon=True)
@@ -135,6 +141,7 @@ def measured(rows: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, A
         "stale": stale[-1] if stale else 0,
         "outliers": sum(outliers.values()),
         "restarts": sum("restarted" in row for row in rows),
+        "lost": sum(row["dropped"] for row in rows if "restarted" in row),
         "seconds": summary["seconds"],
     }
 
@@ -144,6 +151,7 @@ def main() -> None:
     flags = parser(__doc__ or "", rounds=5)
     flags.add_argument("--steps", type=int, default=0, help="0 takes the recipe's")
     flags.add_argument("--only", default="", help="parts of the names of those to run, separated by semicolons")
+    keeping(flags, "gorila_chaos")
     args = begin(flags, {"train": train})
     about, steps, kills = machine(args.cores), 3_000 if args.smoke else args.steps, 6.0 if args.smoke else 0.0
     variants = {
@@ -157,32 +165,31 @@ def main() -> None:
         for arm in ARMS
         for safe in (True, False)
     }
-    found = over_seeds(
+    found, failed = keeps(
         __file__,
         chosen(variants, args.only),
         args,
-        0,
-        lambda result: f"{result['score']:>6.1f}, reached {result['reached']}, {result['updates']} updates",
+        lambda run: f"{run['score']:>6.1f}, reached {run['reached']}, {run['updates']} updates, {run['seconds']:.0f} s",
+        LIMIT,
     )
     rows = []
     for name, runs in found.items():
         scores = [run["score"] for run in runs]
         reached = [run["reached"] for run in runs if run["reached"] is not None]
-        counts = [f"{statistics.median(run[each] for run in runs):g}" for each in ("stale", "outliers", "restarts")]
+        counts = [f"{statistics.median(run[each] for run in runs):g}" for each in COUNTS]
         rows.append(
             [
                 *name.split(", "),
                 f"{statistics.mean(scores):.0f} ({', '.join(f'{score:.0f}' for score in scores)})",
                 f"{statistics.median(reached):g} ({len(reached)} of {len(runs)})" if reached else "never",
                 f"{sum(run['held'] for run in runs)} of {len(runs)}",
-                f"{statistics.median(run['updates'] for run in runs):g}",
                 *counts,
             ]
         )
-    head = ["arm", "safeguards", "return", "reached", "held", "updates", "stale", "outliers", "restarts"]
-    finish(
-        args, "gorila_chaos", about, {"steps": steps, "results": found}, "Gorila under faults", table(head, rows), NOTES
-    )
+    head = ["arm", "safeguards", "return", "reached", "held", *COUNTS]
+    text = [table(head, rows), NOTES, *told(failed)]
+    result = {"steps": steps, "results": found, "failed": failed}
+    finish(args, "gorila_chaos", about, result, "Gorila under faults", *text)
 
 
 if __name__ == "__main__":

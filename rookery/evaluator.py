@@ -27,7 +27,10 @@ class Evaluation(NamedTuple):
     successes: list[float] | None = None  # 1 where the environment's last step says so; None where it never does
 
     def summary(self) -> dict[str, Any]:
-        """Mean, standard deviation and number of the returns, and the share of successes where that is known."""
+        """Mean, standard deviation and number of the returns, and the share of successes where that is known.
+
+        The deviation is that of these episodes (divided by their number); it says nothing about other seeds.
+        """
         found = {
             "eval_return_mean": float(np.mean(self.returns)),
             "eval_return_std": float(np.std(self.returns)),

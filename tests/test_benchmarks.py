@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -186,3 +188,113 @@ def test_impala_throughput(tmp_path: Path) -> None:
     check_machine(result, text)
     for runs in result["results"].values():
         assert all(run["steps_per_second"] > 0 and 0 < run["learner_busy"] <= 1 for run in runs)
+
+
+@pytest.mark.slow
+def test_vs_rllib(tmp_path: Path) -> None:
+    flags = ("--cores", CORE, "--cases", "CartPole PPO;CartPole IMPALA", "--only", "equal")
+    result, text = bench("vs_rllib", tmp_path, *flags)
+    check_machine(result, text)
+    for case in result["cases"].values():
+        ((each,),) = case["results"].values()
+        assert each["steps_per_second"] > 0
+        assert 0 < each["reached"] <= each["first"] < math.inf
+    with pytest.raises(AssertionError, match="--runtimes has 'abacus', which Rookery has not; use some of inline,"):
+        bench("vs_rllib", tmp_path, "--runtimes", "abacus")
+
+
+def test_a_threshold_is_of_the_last_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    from vs_rllib import reached
+
+    rows = [{"seconds": 1.0 + n, "episodes": 3, "mean": mean} for n, mean in enumerate((90, 0, 90, 70, 100))]
+    assert reached(rows, 80, 3) == 1.0
+    assert reached(rows, 80, 4) == 4.0  # (90 + 70) / 2
+    assert reached(rows, 101, 3) == float("inf")
+
+
+KEPT = """
+import json, sys, time
+from pathlib import Path
+spec = json.loads(sys.argv[2])
+log = Path(__file__).with_suffix(".log")
+log.open("a").write(f"{spec['who']}{spec['seed']} ")
+if spec["who"] == "b" and spec["seed"] == 1:
+    time.sleep(60) if "late" in spec else sys.exit("the disk is full")
+print("RESULT " + json.dumps({"who": spec["who"]}))
+"""
+
+
+@pytest.mark.parametrize("late", [{}, {"late": True}], ids=["fails", "takes too long"])
+def test_a_benchmark_goes_on_with_what_it_had(
+    late: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there is not measured again; what failed is left out and told of, and tried again."""
+    monkeypatch.syspath_prepend(FOLDER)
+    from kept import keeps, told
+
+    script, args = tmp_path / "counts.py", argparse.Namespace(rounds=2, cores=[int(CORE)], smoke=False)
+    script.write_text(KEPT)
+    args.runs = tmp_path / "runs"
+
+    def called(rounds: int) -> tuple[dict[str, Any], list[str], str]:
+        args.rounds, log = rounds, script.with_suffix(".log")
+        log.write_text("")
+        variants = {who: {"kind": "any", "who": who, **late} for who in "ab"}
+        found, failed = keeps(str(script), variants, args, lambda run: run["who"], 2.0 if late else 60.0)
+        return found, failed, log.read_text().strip()
+
+    found, failed, ran = called(2)
+    assert ran == "a0 b0 a1 b1"
+    assert {who: [run["seed"] for run in runs] for who, runs in found.items()} == {"a": [0, 1], "b": [0]}
+    assert all(run["at"] and run["load"] >= 0 for runs in found.values() for run in runs)
+    reason = "it took more than 2 s" if late else "the disk is full"
+    assert [each.startswith("b, round 2: ") and reason in each for each in failed] == [True]
+    assert told(failed)[0].endswith(f"- {failed[0]}")
+    again, _, ran = called(3)
+    assert ran == "b1 a2 b2"
+    assert [again["a"][:2], again["b"][:1]] == [found["a"], found["b"]]
+    args.runs = tmp_path / "others"
+    assert called(1)[2] == "a0 b0"
+
+
+def test_ratios_of_means_have_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    from a3c_workers import interval, ratio
+
+    assert interval([1_000.0, 1_100.0, 1_200.0]) == (1_100, pytest.approx(4.303 * 100 / 3**0.5, rel=1e-3))
+    middle, low, high = ratio([2_000.0, 2_200.0, 2_400.0], [1_000.0, 1_100.0, 1_200.0])
+    reach = 4.303 * (2 / 3) ** 0.5 / 11  # both have a deviation of an eleventh of their mean
+    assert (middle, low, high) == pytest.approx((2, 2 * math.exp(-reach), 2 * math.exp(reach)), rel=1e-3)
+    assert ratio([3.0], [2.0])[0] == 1.5
+
+
+@pytest.mark.slow
+def test_a3c_workers(tmp_path: Path) -> None:
+    result, text = bench("a3c_workers", tmp_path, "--cores", CORE, "--workers", "1,2")
+    check_machine(result, text)
+    for (run,) in result["results"].values():
+        assert run["steps"] == run["evaluations"][0][0] >= 256, "any return solves it"
+    assert [*result["results"]] == ["1 worker", "2 workers"]
+    assert len([*tmp_path.glob("a3c_workers-*.png")]) == 1
+
+
+@pytest.mark.slow
+def test_gorila_chaos(tmp_path: Path) -> None:
+    result, text = bench("gorila_chaos", tmp_path, "--cores", CORE, "--only", "clean, safe;all, safe")
+    check_machine(result, text)
+    assert result["results"].keys() == {"clean, safe", "all, safe"}
+    (clean,), (faulty,) = result["results"].values()
+    assert clean["restarts"] == 0, "where it is quick, the other is over before the first kill, too"
+    assert all(run["updates"] > 0 and run["lost"] <= 2 * run["restarts"] for run in (clean, faulty))
+
+
+@pytest.mark.slow
+def test_async_throughput(tmp_path: Path) -> None:
+    result, text = bench("async_throughput", tmp_path, "--cores", CORE, "--cases", "2 × 16")
+    check_machine(result, text)
+    ((name, case),) = result["cases"].items()
+    assert case["results"].keys() == {"ours", "ours, compiled", "ours, gym"}
+    for (run,) in case["results"].values():
+        assert run["steps_per_second"] == pytest.approx(run["steps"] / run["seconds"])
+    assert text.count(f"| {name} ") == 3
