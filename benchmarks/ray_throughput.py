@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
+import importlib
 from typing import Any
 
 from common import begin, child, finish, interleaved, machine, parser, ratios, spread, table
@@ -11,8 +11,8 @@ from scaling import QUIET, shown, steady
 
 NOTES = """IMPALA on `tensor:CartPole-v1` as tuned for it, with as many actors as cores. "local": processes that share
 memory. "ray": the same on a Ray cluster of this machine, where roles on the host of the run share memory too. "ray,
-apart": each role but the learner is a Ray actor, as on other hosts: what it makes and reads travels through Ray. Ratios are
-round by round."""
+apart": each role is a Ray actor, as on other hosts: what it makes and reads travels through Ray. Ratios are round by
+round."""
 
 WAYS = ("local", "ray", "ray, apart")
 
@@ -21,14 +21,14 @@ def ray_throughput(spec: dict[str, Any]) -> dict[str, Any]:
     """IMPALA on a runtime."""
     runtime, _, apart = spec["way"].partition(", ")
     if apart:
-        import rookery.train
         from rookery.runtimes.ray import Ray
 
-        sys.modules["rookery.train"].Ray = functools.partial(Ray, shares=False)  # type: ignore[attr-defined]
+        module: Any = importlib.import_module("rookery.train")
+        module.Ray = functools.partial(Ray, shares=False)
     settings = {**QUIET, "actors": spec["actors"], "steps": spec["steps"], "log_every": 5_000, "runtime": runtime}
     if spec["envs"]:
         settings["envs"] = spec["envs"]
-    return steady("impala", spec["env"], settings, "learner")
+    return steady("impala", spec["env"], settings, "actor", spec["actors"])
 
 
 def ray_table(found: dict[str, list[dict[str, Any]]]) -> str:
@@ -48,7 +48,7 @@ def main() -> None:
     flags.add_argument("--steps", type=int, default=300_000)
     flags.add_argument("--env", default="tensor:CartPole-v1")
     args = begin(flags, {"ray_throughput": ray_throughput})
-    steps, count = 20_000 if args.smoke else args.steps, len(args.cores)
+    steps, count = 80_000 if args.smoke else args.steps, len(args.cores)
     variants = {
         f"{lanes or 'recipe'} lanes, {way}": {
             "kind": "ray_throughput",

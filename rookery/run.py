@@ -325,8 +325,8 @@ def layout(system: System, algorithm: Algorithm, options: Options) -> dict[str, 
         joins = plan.stale
     if options.min_actors and not joins:
         raise Refused(
-            f"min_actors={options.min_actors}: {system.name} waits for each of its actors in turn, and would not begin; "
-            "leave it out, or use a system whose actors run ahead, such as impala or apex."
+            f"min_actors={options.min_actors}: {system.name} waits for each of its actors, and would not begin; leave "
+            "it out, or use a system whose actors run ahead, such as impala or apex."
         )
     numbers = {name: getattr(options, name) for name in LAYOUT if name in system.takes}
     if hasattr(system.module, "check"):

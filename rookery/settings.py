@@ -60,7 +60,7 @@ class Options:
     replay_memory: Literal["device", "ram", "disk"] = "device"  # "disk" maps files in the run folder into memory
     save_replay: bool = True  # replay in checkpoints; without, a resumed run fills it anew before it learns on
     env_options: tuple[str, ...] = ()  # what the environment itself takes, as name=value with a JSON value
-    mirror: str | None = None  # a URL (s3://bucket/run) that checkpoints are copied to while the run goes on; resume takes it
+    mirror: str | None = None  # a URL (s3://bucket/run) that checkpoints are copied to; resume takes it too
     log_every: int = 0  # steps between rows of metrics; 0 for 1/200 of the run
     eval_every: int = 0  # steps between evaluations, with a checkpoint each; 0 for 1/10 of the run
     eval_episodes: int = 20  # greedy episodes on lanes of their own

@@ -48,6 +48,7 @@ class Seated:
         self._actor, self._begun, self._alive, self._life, self._late = actor, begun, alive, life, late
         self._says, self._told = (getattr(actor, name).options(concurrency_group=name) for name in GROUPS)
         self._messages: deque[tuple[Any, ...] | None] = deque()
+        self._unsent: list[tuple[Any, ...]] = []
         self._ready, self._rings = os.pipe()  # a byte for each message
         self._lock, self._closed = threading.Lock(), False
         self._ended = threading.Event()
@@ -89,7 +90,13 @@ class Seated:
         return self._ready
 
     def send(self, message: tuple[Any, ...]) -> None:
-        self._told.remote(*message)
+        self._unsent.append(message)
+
+    def flush(self) -> None:
+        """Say what there is to be said, in one call."""
+        if self._unsent:
+            self._told.remote(*self._unsent)
+            self._unsent = []
 
     def recv(self) -> tuple[Any, ...]:
         os.read(self._ready, 1)
@@ -99,6 +106,7 @@ class Seated:
         return message
 
     def close(self) -> None:
+        self.flush()
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -257,6 +265,13 @@ class Ray(Local):
             host.lost_at = time.monotonic()
             member.failures -= member.waiting is None  # which is not the role's fault
         super()._revive(member, reason, error)
+
+    def _answer_all(self) -> bool:
+        answered = super()._answer_all()
+        for member in self.members:
+            if isinstance(member.connection, Seated):
+                member.connection.flush()
+        return answered
 
     def _look_after(self) -> None:
         super()._look_after()

@@ -73,9 +73,10 @@ class Seat:
         self._role = threading.Thread(target=live, args=(SeatLink(self._mail), spec, seed, saved), daemon=True)
         self._role.start()
 
-    def told(self, *message: Any) -> None:
+    def told(self, *messages: tuple[Any, ...]) -> None:
         """Pass on what the runtime says."""
-        self._mail.heard.put(message)
+        for message in messages:
+            self._mail.heard.put(message)
 
     def says(self) -> tuple[int, list[tuple[Any, ...]], bool]:
         """What the role has said since the last call, oldest first, with the life's number; and whether it is over."""

@@ -16,11 +16,11 @@ seats = importlib.import_module("rookery.runtimes.ray")
 
 LAWS: list[tuple[str, tuple[Any, ...]]] = [
     ("test_queue_is_bounded_and_ordered", (3, 2)),
-    ("test_samples_per_insert_holds", (2, 4.0)),
-    ("test_an_error_names_its_role", ()),
     ("test_state_is_kept_and_restored", ()),
 ]
 MORE: list[tuple[str, tuple[Any, ...]]] = [
+    ("test_samples_per_insert_holds", (2, 4.0)),
+    ("test_an_error_names_its_role", ()),
     ("test_weights_are_the_newest", ([1, 2, 5], 1)),
     ("test_every_request_gets_its_own_answer", (3,)),
     ("test_deadlock_says_who_waits_for_what", ()),
@@ -76,6 +76,7 @@ def test_no_law_is_left_out_by_mistake() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_memory_of_boxes_is_sent_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """A version of weights goes into the object store once, for however many readers; the actors of a host share it."""
     puts: list[int] = []
