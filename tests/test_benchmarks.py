@@ -298,3 +298,12 @@ def test_async_throughput(tmp_path: Path) -> None:
     for (run,) in case["results"].values():
         assert run["steps_per_second"] == pytest.approx(run["steps"] / run["seconds"])
     assert text.count(f"| {name} ") == 3
+
+
+@pytest.mark.slow
+def test_replay_memory(tmp_path: Path) -> None:
+    result, text = bench("replay_memory", tmp_path, "--cores", CORE)
+    check_machine(result, text)
+    for (each,) in result["cases"].values():
+        assert each["bytes"] == sum(each["columns"].values())
+        assert each["bytes"] / result["capacity"] < 7_500

@@ -60,13 +60,14 @@ class ReplayPlan:
     beta: float = 0.4  # exponent of importance weights, rising linearly to 1 over the run
     sequence: int = 0  # T, steps of a sequence; 0 samples transitions
     overlap: int = 0  # steps that a sequence shares with the one before it
+    burn_in: int = 0  # steps before a sequence, shown to bring a network's memory up and not to be learnt from
     unroll: int = 0  # T, steps of a lane between rounds of updates; 0 takes the fewest that an update is owed for
     ahead: int = 0  # unrolls that each actor may be ahead of the learner; 0 takes turns
     hindsight: float = 0.0  # share of samples whose goal is one the episode reached later
 
     def __post_init__(self) -> None:
         least_of = dict.fromkeys(("capacity", "batch", "learning_starts", "n_step"), 1)
-        for name, least in (least_of | dict.fromkeys(("unroll", "ahead"), 0)).items():
+        for name, least in (least_of | dict.fromkeys(("unroll", "ahead", "burn_in"), 0)).items():
             if getattr(self, name) < least:
                 raise Refused(f"{name}={getattr(self, name)} is too small; use {least} or more.")
         if not 0 < self.updates_per_step < math.inf:
@@ -76,14 +77,24 @@ class ReplayPlan:
                 raise Refused(f"{name}={getattr(self, name)} has to be between 0 and 1.")
         if self.sequence and not 0 <= self.overlap < self.sequence:
             raise Refused(f"overlap={self.overlap} has to be from 0 to below sequence={self.sequence}.")
+        if self.burn_in and not self.sequence:
+            raise Refused(f"burn_in={self.burn_in} comes before sequences, and sequence=0 samples transitions; use 0.")
         if self.hindsight and (self.n_step > 1 or self.sequence):
             raise Refused(
                 f"hindsight={self.hindsight} relabels single transitions, and n_step={self.n_step}, "
                 f"sequence={self.sequence} have several; use n_step=1 and sequence=0."
             )
-        longest = max(self.sequence, self.n_step)
-        if self.capacity <= longest:
-            raise Refused(f"capacity={self.capacity} rows hold no sample of {longest} steps; use more.")
+        if self.capacity <= self.longest:
+            raise Refused(f"capacity={self.capacity} rows hold no sample of {self._in_words}; use more.")
+
+    @property
+    def longest(self) -> int:
+        """The most rows that a sample is made of."""
+        return max(self.burn_in + self.sequence, self.n_step)
+
+    @property
+    def _in_words(self) -> str:
+        return f"{self.longest} steps" + f" (burn_in={self.burn_in} and sequence={self.sequence})" * bool(self.burn_in)
 
     @property
     def samples_per_insert(self) -> float:
@@ -100,11 +111,11 @@ class ReplayPlan:
 
     def check(self, lanes: int) -> None:
         """Refuse what cannot work with so many lanes."""
-        longest = max(self.sequence, self.n_step)
-        if self.capacity < lanes * (longest + 2):
+        least = self.longest + 2
+        if self.capacity < lanes * least:
             raise Refused(
                 f"capacity={self.capacity} gives each of {lanes} lanes {self.capacity // lanes} rows, and a sample of "
-                f"{longest} steps needs {longest + 2}; use capacity={lanes * (longest + 2)} or more."
+                f"{self._in_words} needs {least}; use capacity={lanes * least} or more."
             )
         if self.learning_starts > self.capacity:
             raise Refused(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rookery.data.frames import REACH, Observations, StackedFrames
 from rookery.data.plan import ReplayPlan
-from rookery.data.samples import FLAGS, SPAN, Hindsight, Samples, Sequences, Transitions
+from rookery.data.samples import FLAGS, SPAN, STEP, Hindsight, Samples, Sequences, Transitions
 from rookery.data.storage import Key, Memory, Ring, allocator, leaves, nested
 from rookery.data.sum_tree import SumTree
 from rookery.envs.spec import EnvSpec
@@ -175,7 +175,7 @@ class ReplayBuffer:
                     f"{'.'.join(key)!r} has shape {list(leaf.shape)}; {count} rows of {self.lanes} lanes bring "
                     f"{[*wanted, *leaf.shape[2:]]} of it."
                 )
-        most = self._ring.rows - max(self.plan.n_step, self.plan.sequence) - self.stack
+        most = self._ring.rows - self.plan.longest - self.stack
         if not 1 <= count <= most:
             raise ValueError(
                 f"an insert of {count} rows does not fit capacity={self.plan.capacity} over "
@@ -232,11 +232,27 @@ class ReplayBuffer:
         before, after = (max(0, newest + 1 - self._ring.rows) for newest in (head, head + rows))
         if after == before:
             return
-        span = self._ring.get(SPAN, writer, before, after - before + self.stack - 1).clone()
-        place = torch.arange(before, before + len(span), device=self.device).unsqueeze(-1)
+        count = after - before + self.plan.burn_in + self.stack - 1
+        span = self._ring.get(SPAN, writer, before, count).clone()
+        place = torch.arange(before, before + count, device=self.device).unsqueeze(-1)
+        if self.plan.burn_in:
+            place = place - self._lead(writer, before, count)
         if self._frames is not None:
-            place = place - self._ring.get(REACH, writer, before, len(span)) % self.stack
+            place = place - self._reach(writer, before, count) % self.stack
         self._mark(writer, before, span * (place >= after))
+
+    def _lead(self, writer: int, first: int, count: int) -> Tensor:
+        """How many rows a sequence from each of these rows on shows before it, `[count, B]`."""
+        return self._ring.get(STEP, writer, first, count).clamp(max=self.plan.burn_in)
+
+    def _reach(self, writer: int, first: int, count: int) -> Tensor:
+        """`REACH` of the first row that a sample from each of these rows on shows, `[count, B]`."""
+        most = self.plan.burn_in
+        reach = self._ring.get(REACH, writer, first - most, count + most)
+        if not most:
+            return reach
+        place = torch.arange(most, most + count, device=self.device).unsqueeze(-1)
+        return reach.gather(0, place - self._lead(writer, first, count))
 
     def _enter(self, writer: int, first: int, valid: Tensor, priorities: Tensor | None) -> None:
         """Note the priorities that new rows will have."""
@@ -248,7 +264,7 @@ class ReplayBuffer:
         """Rows from `first` to below `head` are there: work out what can be drawn now."""
         low, span = self._samples.follow(writer, first, head)
         if self._frames is not None:
-            span = span * self._frames.readable(self._ring.get(REACH, writer, low, len(span)))
+            span = span * self._frames.readable(self._reach(writer, low, len(span)))
         self._counts[writer, 0] = head
         self._mark(writer, low, span)
 
@@ -276,8 +292,9 @@ class ReplayBuffer:
         Returns:
             What was recorded, `weight` [N], and `index` [N] for `prioritise`. Of transitions, all of it `[N, ...]`: the
             row's obs, action and so on; `reward`, `discount` and `next_obs`, so that its target is
-            reward + discount·V(next_obs). Of sequences, all of it `[T, N, ...]` but `obs` and `start` `[T+1, N, ...]`
-            and the recurrent `state` `[N, S]` before their first row; rows beyond the episode's end are not valid.
+            reward + discount·V(next_obs). Of sequences, all of it `[burn_in + T, N, ...]` but `obs` and `start`, which
+            have a row more, and the recurrent `state` `[N, S]` before the first row shown. Rows of the burn-in and
+            beyond the episode's end are not valid; `start` is True in the episode's first row, if that is shown.
 
         Raises:
             ValueError: while there is nothing to be drawn.
@@ -377,8 +394,8 @@ class ReplayBuffer:
         Raises:
             ValueError: for the state of a buffer with another layout, other columns or of another environment.
         """
-        mine = self._layout()
-        other = {name: value for name, value in state["layout"].items() if mine.get(name) != value}
+        mine, saved = self._layout(), {"burn_in": 0, **state["layout"]}  # which replays saved earlier do not name
+        other = {name: value for name, value in saved.items() if mine.get(name) != value}
         if other:
             wanted = {name: mine.get(name) for name in other}
             raise ValueError(f"the saved replay has {other} where this one has {wanted}; give both the same settings.")
@@ -397,7 +414,8 @@ class ReplayBuffer:
         if self._ring.columns:
             self._ring.columns[SPAN].zero_()
         for key, leaf in columns.items():
-            self._ring.columns[key][: len(leaf)] = leaf
+            if key in self._ring.columns:  # replays saved earlier have n-step returns, too
+                self._ring.columns[key][: len(leaf)] = leaf
         if self._tree is not None:
             self._tree.load_state(state["sums"])
         self.generator.set_state(state["generator"].cpu())
@@ -407,7 +425,7 @@ class ReplayBuffer:
     def _layout(self) -> dict[str, int | float]:
         """What a saved replay has to share with the one that loads it."""
         own = {"lanes": self.lanes, "writers": self.writers, "stack": self.stack}
-        names = ("capacity", "gamma", "n_step", "alpha", "sequence", "overlap", "hindsight")
+        names = ("capacity", "gamma", "n_step", "alpha", "sequence", "overlap", "burn_in", "hindsight")
         return {**own, **{name: getattr(self.plan, name) for name in names}}
 
 

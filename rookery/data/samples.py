@@ -13,19 +13,17 @@ from torch import Tensor
 from rookery.data.frames import Observations
 from rookery.data.plan import ReplayPlan
 from rookery.data.storage import Key, Ring
-from rookery.data.windows import FAR, n_step_returns, steps_in_episode, steps_left
+from rookery.data.windows import FAR, steps_in_episode, steps_left
 from rookery.envs.spec import GoalReward
 from rookery.envs.vector import Obs
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
 
-__all__ = ["FLAGS", "SPAN", "Hindsight", "Samples", "Sequences", "Transitions"]
+__all__ = ["FLAGS", "SPAN", "STEP", "Hindsight", "Samples", "Sequences", "Transitions"]
 
 FLAGS = ("reward", "terminated", "truncated", "valid")  # of a row, the columns that every insert brings
 SPAN = ("replay", "span")  # rows that a sample goes on for from here; 0 where none can be drawn
-RETURN = ("replay", "return")  # of n steps
-DISCOUNT = ("replay", "discount")  # of what follows them
 STEP = ("replay", "step")  # rows since the episode's first
 LEFT = ("replay", "left")  # rows to the episode's last
 
@@ -78,33 +76,42 @@ class Transitions(Samples):
 
     def __init__(self, ring: Ring, observations: Observations, plan: ReplayPlan) -> None:
         super().__init__(ring, observations, plan)
-        self.returns: Key = ("reward",) if plan.n_step == 1 else RETURN
-        self.columns = {DISCOUNT: torch.float32}
-        if plan.n_step > 1:
-            self.columns[RETURN] = torch.float32
+        self.columns = {}
+        self.powers = plan.gamma ** torch.arange(plan.n_step + 1.0)
 
     def follow(self, writer: int, first: int, head: int) -> tuple[int, Tensor]:
-        n, gamma = self.plan.n_step, self.plan.gamma
+        n = self.plan.n_step
         low = max(0, first - n + 1)
-        reward, terminated, truncated, valid = self.flags(writer, low, head)
+        _, terminated, truncated, valid = self.flags(writer, low, head)
         if n == 1:
-            self.ring.put(DISCOUNT, writer, low, terminated.logical_not() * gamma)
             return low, valid.short()
         span = (steps_left(terminated | truncated) + 1).clamp(max=n)
-        returns, discount = n_step_returns(reward, terminated, span, n, gamma)
-        self.ring.put(RETURN, writer, low, returns)
-        self.ring.put(DISCOUNT, writer, low, discount)
         return low, (span * (valid & known(span))).short()
 
     def read(self, cells: Tensor, generator: torch.Generator) -> dict[str, Obs]:
-        following = self.ring.later(cells, 1 if self.plan.n_step == 1 else self.ring.take(SPAN, cells))
+        reward, discount, following = self.one_step(cells) if self.plan.n_step == 1 else self.n_steps(cells)
         return {
             "obs": self.observations.read(cells),
             **self.recorded(cells),
-            "reward": self.ring.take(self.returns, cells),
-            "discount": self.ring.take(DISCOUNT, cells),
+            "reward": reward,
+            "discount": discount,
             "next_obs": self.observations.read(following),
         }
+
+    def one_step(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same as `n_steps` for n = 1, in fewer reads."""
+        discount = self.ring.take(("terminated",), cells).logical_not() * self.plan.gamma
+        return self.ring.take(("reward",), cells), discount, self.ring.later(cells, 1)
+
+    def n_steps(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ_{k<m} γ^k r_{t+k} (Sutton and Barto 2018, eq. 7.1), γ^m·(1 − terminated), and the cells m = span on."""
+        span, powers = self.ring.take(SPAN, cells).long(), self.powers.to(cells.device)
+        place = torch.arange(self.plan.n_step, device=cells.device).unsqueeze(-1)
+        row = torch.minimum(place, span - 1)
+        at = self.ring.later(cells, row)
+        discounted = self.ring.take(("reward",), at) * powers[:-1, None]
+        discount = self.ring.take(("terminated",), at[-1]).logical_not() * powers.index_select(0, span)
+        return torch.where(row == place, discounted, 0.0).sum(0), discount, self.ring.later(cells, span)
 
 
 class Hindsight(Transitions):
@@ -116,7 +123,7 @@ class Hindsight(Transitions):
 
     def __init__(self, ring: Ring, observations: Observations, plan: ReplayPlan, goal_reward: GoalReward) -> None:
         super().__init__(ring, observations, plan)
-        self.columns |= {STEP: torch.int32, LEFT: torch.int32}
+        self.columns = {STEP: torch.int32, LEFT: torch.int32}
         self.goal_reward = goal_reward
 
     def follow(self, writer: int, first: int, head: int) -> tuple[int, Tensor]:
@@ -149,7 +156,11 @@ class Hindsight(Transitions):
 
 
 class Sequences(Samples):
-    """T rows that follow each other, from every (T − overlap)th of an episode on; never of two episodes."""
+    """T rows that follow each other, from every (T − overlap)th of an episode on; never of two episodes.
+
+    Before them come `burn_in` rows of the same episode, to bring a recurrent network's memory up (Kapturowski et al.
+    2019, section 3); where it had fewer, its first row fills the front.
+    """
 
     def __init__(self, ring: Ring, observations: Observations, plan: ReplayPlan) -> None:
         super().__init__(ring, observations, plan)
@@ -167,21 +178,20 @@ class Sequences(Samples):
         return low, (span * (begins & valid & known(span))).short()
 
     def read(self, cells: Tensor, generator: torch.Generator) -> dict[str, Obs]:
-        span = self.ring.take(SPAN, cells).long()
-        place = torch.arange(self.plan.sequence + 1, device=cells.device).unsqueeze(-1)
-        inside = place[:-1] < span
-        # Beyond the episode's end, its final observation and its last row are shown again.
-        at = self.ring.later(cells, torch.minimum(place[:-1], span - 1))
-        start = torch.zeros((len(place), len(cells)), dtype=torch.bool, device=cells.device)
-        start[0] = self.ring.take(STEP, cells) == 0
+        span, step = (self.ring.take(key, cells).long() for key in (SPAN, STEP))
+        place = torch.arange(-self.plan.burn_in, self.plan.sequence + 1, device=cells.device).unsqueeze(-1)
+        # Before the episode's first row that is shown again; beyond its end, its last row and its final observation.
+        row = place[:-1].clamp(-step, span - 1)
+        at, inside = self.ring.later(cells, row), row == place[:-1]
         batch = {
-            "obs": self.observations.read(self.ring.later(cells, torch.minimum(place, span))),
+            "obs": self.observations.read(self.ring.later(cells, place.clamp(-step, span))),
             **self.recorded(at, but=("state",)),
             **{name: self.ring.take((name,), at) * inside for name in FLAGS},
-            "start": start,
+            "start": place == -step,
         }
+        batch["valid"][: self.plan.burn_in] = False
         if ("state",) in self.ring.columns:
-            batch["state"] = self.ring.take(("state",), cells)
+            batch["state"] = self.ring.take(("state",), at[0])
         return batch
 
 

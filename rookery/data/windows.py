@@ -1,11 +1,11 @@
-"""What surrounds a row: its place in its episode, how long that goes on, the n-step return. Functions of tensors."""
+"""What surrounds a row: its place in its episode and how long that goes on. Functions of tensors."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["FAR", "n_step_returns", "steps_in_episode", "steps_left"]
+__all__ = ["FAR", "steps_in_episode", "steps_left"]
 
 FAR = 2**30  # steps: the episode's end is not known yet
 
@@ -28,19 +28,3 @@ def steps_in_episode(first: Tensor, before: Tensor) -> Tensor:
     begin = torch.where(first, place, -FAR)
     begin[0] = torch.where(first[0], 0, -1 - before)
     return place - begin.cummax(0).values
-
-
-def n_step_returns(reward: Tensor, terminated: Tensor, span: Tensor, n: int, gamma: float) -> tuple[Tensor, Tensor]:
-    """Σ_{k<m} γ^k r_{t+k} and γ^m·(1 − terminated) for windows of m = `span` rows (Sutton and Barto 2018, eq. 7.1).
-
-    Args:
-        reward, terminated, span: `[T, B]`; windows that reach beyond row T−1 give what makes no sense.
-        n: the longest span.
-    """
-    rows = len(reward)
-    total, padded = torch.zeros_like(reward), torch.cat([reward, reward.new_zeros(n - 1, reward.shape[1])])
-    for k in range(n):
-        total += gamma**k * torch.where(span > k, padded[k : k + rows], 0.0)
-    last = torch.arange(rows, device=span.device).unsqueeze(-1) + span - 1
-    final = terminated.gather(0, last.clamp(max=rows - 1))
-    return total, torch.where(final, 0.0, gamma ** span.to(reward.dtype))

@@ -90,7 +90,7 @@ class Stream:
         rows = [[self.step(lane) for lane in range(self.lanes)] for _ in range(count)]
         whole = [*rows, self.newest]
         obs = torch.tensor([[row.obs for row in each] for each in whole])
-        columns = {"obs": obs if self.stack > 1 else obs.squeeze(-1)}
+        columns = {"obs": obs if self.stack > 1 else obs.squeeze(-1), "state": obs[..., -1:]}
         for name in ("action", "reward", "terminated", "truncated", "valid"):
             columns[name] = torch.tensor([[getattr(row, name) for row in each] for each in rows])
             poison = torch.full_like(columns[name][:1], 1 if name not in ("action", "reward") else float("nan"))
@@ -135,11 +135,16 @@ class Model:
             before += 1
         return before
 
+    def shown(self, lane: int, place: int) -> int:
+        """The first row that a sample from here shows: as many before it as its burn-in and its episode have."""
+        return place - min(self.plan.burn_in, self.step(lane, place))
+
     def span(self, lane: int, place: int) -> int:
         """Rows of the sample that begins here; 0 if there is none."""
         rows, plan = self.rows[lane], self.plan
-        row, oldest = rows[place], len(rows) + 1 - self.capacity
-        if not row.valid or row.reach is None or place - row.reach < oldest:
+        first = self.shown(lane, place)
+        reach, oldest = rows[first].reach, len(rows) + 1 - self.capacity
+        if not rows[place].valid or reach is None or first - reach < oldest:
             return 0
         if plan.hindsight:
             return 1 if self.ended(lane, place, 10**9) else 0
@@ -179,15 +184,19 @@ def sample_of(model: Model, lane: int, place: int) -> dict[str, Any]:
             "discount": plan.gamma**span * (not window[-1].terminated),
             "next_obs": model.obs(lane, place + span),
         }
-    window = rows[place : place + span]
-    rest = plan.sequence - span
+    first = model.shown(lane, place)
+    window, last = rows[first : place + span], place + span - 1
+    missing, rest = plan.burn_in - (place - first), plan.sequence - span
+    filled = [rows[first]] * missing + window + [rows[last]] * rest
+    there = range(-plan.burn_in, plan.sequence + 1)
     return {
-        "obs": [model.obs(lane, place + min(k, span)) for k in range(plan.sequence + 1)],
-        "action": [row.action for row in window] + [window[-1].action] * rest,
-        "reward": [row.reward for row in window] + [0.0] * rest,
+        "obs": [model.obs(lane, min(max(place + k, first), place + span)) for k in there],
+        "action": [row.action for row in filled],
         **{
-            name: [getattr(row, name) for row in window] + [False] * rest
-            for name in ("terminated", "truncated", "valid")
+            name: [zero] * missing + [getattr(row, name) for row in window] + [zero] * rest
+            for name, zero in (("reward", 0.0), ("terminated", False), ("truncated", False))
         },
-        "start": [model.step(lane, place) == 0] + [False] * plan.sequence,
+        "valid": [0 <= k < span for k in there[:-1]],
+        "start": [place + k == first and model.step(lane, first) == 0 for k in there],
+        "state": [rows[first].obs[-1]],
     }

@@ -74,6 +74,7 @@ def test_sequences_are_joined_along_the_batch() -> None:
         "start": [4, 6],
         "weight": [6],
         "index": [6],
+        "state": [6, 1],
         **{name: [3, 6] for name in ("action", "reward", "terminated", "truncated", "valid")},
     }
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from replay_model import Model, Stream, sample_of
 
-from rookery.data.plan import ReplayPlan
+from rookery.data.plan import PER_SAMPLE, ReplayPlan
 from rookery.data.replay import ReplayBuffer
 
 PLANS = st.one_of(
@@ -21,6 +21,7 @@ PLANS = st.one_of(
             {
                 "sequence": st.just(sequence),
                 "overlap": st.integers(0, sequence - 1),
+                "burn_in": st.sampled_from([0, 1, 2, 5]),
                 "alpha": st.sampled_from([0.0, 0.9]),
             }
         )
@@ -37,11 +38,12 @@ class ReplayMachine(RuleBasedStateMachine):
         writers=st.integers(1, 2),
         stack=st.sampled_from([1, 1, 2, 4]),
         pad=st.sampled_from(["zeros", "repeats", "carries"]),
-        rows=st.integers(10, 24),
+        spare=st.integers(4, 18),
         seed=st.integers(0, 10**6),
     )
-    def begin(self, plan: dict, lanes: int, writers: int, stack: int, pad: str, rows: int, seed: int) -> None:
-        capacity = rows * lanes * writers
+    def begin(self, plan: dict, lanes: int, writers: int, stack: int, pad: str, spare: int, seed: int) -> None:
+        longest = max(plan.get("n_step", 1), plan.get("sequence", 0) + plan.get("burn_in", 0))
+        capacity = (longest + spare) * lanes * writers
         self.plan = ReplayPlan(capacity=capacity, batch=8, learning_starts=1, gamma=0.9, **plan)
         self.made = {"lanes": lanes, "writers": writers, "stack": stack}
         self.buffer = ReplayBuffer(self.plan, seed=seed, **self.made)
@@ -71,9 +73,9 @@ class ReplayMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 12))
     def sample(self, count: int) -> None:
         batch, ready = self.buffer.sample(count, beta=0.5), self.model.ready()
-        dim = 1 if self.plan.sequence else 0
         for n, serial in enumerate(batch["index"].tolist()):
             for name, wanted in sample_of(self.model, *ready[serial]).items():
+                dim = 1 if self.plan.sequence and name not in PER_SAMPLE else 0
                 found, expected = batch[name].select(dim, n), torch.tensor(wanted)
                 assert torch.allclose(found, expected.to(found.dtype), atol=1e-6), (name, serial)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from rookery.data.plan import ReplayPlan
 from rookery.data.replay import ReplayBuffer
 from rookery.envs.spec import EnvSpec
+from rookery.nn.cores import GRU
 
 LANES = 3
 
@@ -207,6 +208,73 @@ def test_the_recurrent_state_of_a_sequence_is_that_before_its_first_row() -> Non
     assert torch.equal(batch["start"][0], row == 0)
 
 
+# Rows before a sequence.
+
+
+def test_burn_in_shows_the_rows_before_a_sequence() -> None:
+    """An episode of rows 0 to 5, its final observation in row 6, and the next one; sequences of 3 at every 2nd row."""
+    number = torch.arange(11.0).unsqueeze(-1)
+    flags = {"truncated": number == 5, "valid": number != 6}
+    buffer = ReplayBuffer(plan(sequence=3, overlap=1, burn_in=3), 1)
+    buffer.insert(rows(10, 1, obs=number, action=number, reward=number + 1, state=number.unsqueeze(-1), **flags))
+    batch, no, yes = buffer.sample(100), False, True
+    # By first row: observations, rewards, and of which row the state is.
+    wanted = {
+        0: ([0, 0, 0, 0, 1, 2, 3], [0, 0, 0, 1, 2, 3], 0),
+        2: ([0, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], 0),
+        4: ([1, 2, 3, 4, 5, 6, 6], [2, 3, 4, 5, 6, 0], 1),
+        7: ([7, 7, 7, 7, 8, 9, 10], [0, 0, 0, 8, 9, 10], 7),
+    }
+    starts, last = {0: 3, 2: 1, 4: None, 7: 3}, [yes, yes, yes]
+    assert set(batch["index"].tolist()) == set(wanted)
+    for n, first in enumerate(batch["index"].tolist()):
+        obs, reward, state = wanted[first]
+        assert batch["obs"][:, n].tolist() == obs
+        assert batch["reward"][:, n].tolist() == reward
+        assert batch["state"][n].tolist() == [state]
+        assert batch["action"][:, n].tolist() == ([*obs[:5], 5] if first == 4 else obs[:-1])
+        assert batch["valid"][:, n].tolist() == [no, no, no] + ([yes, yes, no] if first == 4 else last)
+        assert batch["truncated"][:, n].nonzero().flatten().tolist() == ([4] if first == 4 else [])
+        assert batch["start"][:, n].nonzero().flatten().tolist() == ([] if first == 4 else [starts[first]])
+
+
+def test_without_its_burn_in_a_sequence_cannot_be_drawn() -> None:
+    """Of 13 rows that are left, the first 4 are shown before others only."""
+    buffer = ReplayBuffer(plan(sequence=2, burn_in=4, capacity=12), 1)
+    for head in range(1, 30):
+        buffer.insert(rows(1, 1))
+        oldest = max(0, head - 12)
+        wanted = {first for first in range(0, head - 1, 2) if first - min(4, first) >= oldest}
+        assert len(buffer) == len(wanted)
+        assert not wanted or set(buffer.sample(200)["index"].tolist()) == wanted
+
+
+@pytest.mark.parametrize("burn_in", [0, 3, 7])
+def test_a_memory_is_in_a_sequence_what_it_was_in_the_stream(burn_in: int) -> None:
+    """Stored states, padding and `start` bring the core to each row as it came there when it acted."""
+    core, (columns, _, _) = GRU(1, 4), Stream(LANES, 1, "zeros", 3).unroll(80)
+    obs = columns["obs"].unsqueeze(-1) / 100
+    start = torch.ones(81, LANES, dtype=torch.bool)
+    start[1:] = ~columns["valid"][:-1]
+    state, states, outputs = torch.zeros(LANES, 4), [], []
+    with torch.no_grad():
+        for row, begins in zip(obs, start, strict=True):
+            states.append(state)
+            output, state = core(row, state, begins)
+            outputs.append(output)
+    buffer = ReplayBuffer(plan(sequence=5, overlap=2, burn_in=burn_in), LANES)
+    buffer.insert(columns | {"obs": obs, "state": torch.stack(states)})
+    batch = buffer.sample(300)
+    with torch.no_grad():
+        found = core(batch["obs"], batch["state"], batch["start"])[0][burn_in:-1]
+    row, lane = batch["index"] // LANES, batch["index"] % LANES
+    learnt = batch["valid"][burn_in:]
+    acted = torch.stack(outputs)[(torch.arange(5).unsqueeze(-1) + row).clamp(max=80), lane]
+    torch.testing.assert_close(found[learnt], acted[learnt])
+    assert batch["start"][:burn_in].any() or not burn_in
+    assert not batch["start"][0].all()
+
+
 def test_what_replay_has_no_use_for_is_left_out() -> None:
     buffer = ReplayBuffer(plan(), LANES)
     numbers = torch.rand(5, LANES)
@@ -293,6 +361,18 @@ def test_memory_on_a_gpu(settings: dict) -> None:
     ("settings", "made", "message"),
     [
         ({"capacity": 20, "sequence": 8}, {}, r"capacity=20 gives each of 3 lanes 6 rows, .* use capacity=30 or more"),
+        ({"burn_in": -1, "sequence": 8}, {}, r"burn_in=-1 is too small; use 0 or more"),
+        ({"burn_in": 4}, {}, r"burn_in=4 comes before sequences, and sequence=0 samples transitions; use 0"),
+        (
+            {"burn_in": 296, "sequence": 4},
+            {},
+            r"capacity=300 rows hold no sample of 300 steps \(burn_in=296 and sequence=4\); use more",
+        ),
+        (
+            {"burn_in": 96, "sequence": 4},
+            {},
+            r"3 lanes 100 rows, .* 100 steps \(burn_in=96 and sequence=4\) needs 102; use capacity=306 or more",
+        ),
         ({"hindsight": 0.8}, {}, r"hindsight=0.8 needs to know .*; give goal_reward\(achieved, desired\)"),
         ({"hindsight": 0.8, "n_step": 3}, {"spec": GOALS}, r"n_step=3, .* have several; use n_step=1"),
         ({}, {"stack": 0}, r"stack=0 is no number of frames; use 1 to 64"),
@@ -365,12 +445,25 @@ def test_too_early_too_long_and_by_nobody() -> None:
     [
         ({"n_step": 2}, r"the saved replay has {'n_step': 1} where this one has {'n_step': 2}; give both the same"),
         ({"capacity": 330}, r"{'capacity': 300} where this one has {'capacity': 330}"),
+        (
+            {"sequence": 4, "burn_in": 2},
+            r"{'burn_in': 0, 'sequence': 0} where this one has {'burn_in': 2, 'sequence': 4}",
+        ),
     ],
 )
 def test_states_of_other_buffers_are_refused(other: dict, message: str) -> None:
     buffer, _ = filled()
     with pytest.raises(ValueError, match=message):
         ReplayBuffer(plan(**other), LANES).load_state(buffer.state())
+
+
+def test_a_state_from_before_there_was_burn_in_has_none() -> None:
+    buffer, _ = filled(sequence=4)
+    state = buffer.state()
+    del state["layout"]["burn_in"]
+    ReplayBuffer(buffer.plan, LANES).load_state(state)
+    with pytest.raises(ValueError, match=r"{'burn_in': 0} where this one has {'burn_in': 2}"):
+        ReplayBuffer(plan(sequence=4, burn_in=2), LANES).load_state(state)
 
 
 @pytest.mark.parametrize(("stack", "frame"), [(1, [8]), (4, [2])])
