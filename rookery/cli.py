@@ -87,6 +87,7 @@ class Resume:
     env: str | None = None  # module:Name, for a run on an environment of your own
     quiet: bool = False  # no progress display
     run_dir: Path | None = None  # a new folder for what is fetched from a URL; by default under runs/
+    address: str | None = None  # of another Ray cluster than before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +232,11 @@ def resume(words: list[str]) -> None:
     given = _parse(Resume, "resume", words)
     from rookery.train import resume as go_on
 
-    _finish(go_on(given.run, steps=given.steps, env=given.env, quiet=given.quiet, run_dir=given.run_dir))
+    _finish(
+        go_on(
+            given.run, steps=given.steps, env=given.env, quiet=given.quiet, run_dir=given.run_dir, address=given.address
+        )
+    )
 
 
 def rerun(words: list[str]) -> None:

@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -81,8 +82,14 @@ class Options:
             name = pair.partition("=")[0]
             if name in RESERVED:
                 raise ValueError(f"env_options has {pair!r}, which the run itself sets; {RESERVED[name]}.")
-        if self.address is not None and self.runtime != "ray":
-            raise ValueError(f"address={self.address!r} is of a Ray cluster; use it with runtime='ray'.")
+        of_cluster = {"address": None, "placement": "spread", "min_actors": 0, "role_needs": ()}
+        for name, default in of_cluster.items():
+            if getattr(self, name) != default and self.runtime != "ray":
+                raise ValueError(f"{name}={getattr(self, name)!r} is for a Ray cluster; use it with runtime='ray'.")
+        if self.address not in (None, "auto") and not re.fullmatch(r"\S+:\d+", str(self.address)):
+            raise ValueError(
+                f"address={self.address!r} is neither 'auto' nor of the form HOST:PORT, such as head:6379."
+            )
         if self.min_actors > self.actors:
             raise ValueError(
                 f"min_actors={self.min_actors} of actors={self.actors} there never are; use as many at most."

@@ -24,7 +24,7 @@ from rookery.run import Run, build, layout, load, threads
 from rookery.runs.account import account, condensed, flat, since
 from rookery.runs.checkpoint import CheckpointError, Checkpoints
 from rookery.runs.files import write_json
-from rookery.runs.folder import RunFolder
+from rookery.runs.folder import RunFolder, RunFolderError
 from rookery.runs.metrics import RUNTIME, MetricsError, MetricsLog
 from rookery.runs.mirror import Mirror, fetched, is_url
 from rookery.runs.progress import Progress
@@ -97,7 +97,7 @@ def train(
     run.folder.write_config(config)
     try:
         return execute(run, name, options, quiet=quiet)
-    except ClusterError:
+    except (ClusterError, RunFolderError):
         if not run.checkpoints.steps():  # nothing was begun: the folder is free for another attempt
             shutil.rmtree(run.path, ignore_errors=True)
         raise
@@ -112,10 +112,12 @@ def resume(
     env: EnvLike | None = None,
     network: Network | None = None,
     run_dir: str | Path | None = None,
+    address: str | None = None,
 ) -> Run:
     """Go on with a run from its last checkpoint, to its budget or to `steps`.
 
-    A URL that a run was copied to (`mirror`) is fetched first, to `run_dir` or a new folder under `runs/`.
+    A URL that a run was copied to (`mirror`) is fetched first, to `run_dir` or a new folder under `runs/`. With
+    `address` it goes on on another Ray cluster than before.
 
     On environments that can save their state the result is the same, bit for bit, as if it had never stopped; on
     others episodes begin anew. An own algorithm, environment or network is code, which no run folder holds: hand it in.
@@ -128,7 +130,8 @@ def resume(
     over = (run.path / "summary.json").exists() and not run.summary["interrupted"]
     if over and saved["steps"] >= (steps or options.steps):
         return run
-    options = options if steps is None else dataclasses.replace(options, steps=steps)
+    changed: dict[str, Any] = {"steps": steps, "address": address}
+    options = dataclasses.replace(options, **{name: new for name, new in changed.items() if new is not None})
     fields = {"class": type(run.algorithm).__name__, **dataclasses.asdict(cast(Any, run.algorithm))}
     run.folder.write_config({**run.config, "algorithm": fields, "options": dataclasses.asdict(options)})
     return execute(run, run.config["system"], options, quiet=quiet, saved=saved)
@@ -255,7 +258,7 @@ class Keeper:
         log.truncate_after(self.step, None if saved is None else saved["recorder"].get("rows"))
         sinks = [open_sink(name, run.folder.path, run.config, self.step) for name in options.sinks]
         self.recorder = Recorder(log, sinks, Progress(options.steps, quiet, self.step))
-        self.mirror = Mirror(options.mirror, run.path) if options.mirror else None
+        self.mirror = Mirror(options.mirror, run.path, saved is not None) if options.mirror else None
         if saved is not None:
             self.recorder.load_state(saved["recorder"])
             if not quiet and not run._make_net.spec.saves_state:

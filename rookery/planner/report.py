@@ -50,6 +50,11 @@ def _of_linear(forecasts: Sequence[Forecast]) -> list[float]:
     return [each.steps_per_second / (each.actors * alone) for each in forecasts]
 
 
+def _short(number: float) -> str:
+    """Three digits of it."""
+    return f"{number / 1e3:,.3g}k" if number >= 1e3 else f"{number:.3g}"
+
+
 def draw(forecasts: Sequence[Forecast], title: str, path: Path) -> Path:
     """Throughput and lag over the number of actors."""
     figure = figure_of(8.0, 6.2)
@@ -61,19 +66,19 @@ def draw(forecasts: Sequence[Forecast], title: str, path: Path) -> Path:
     top.plot(actors, steps, "o-", color=STEPS, lw=2, ms=5, label="simulated")
     for each in forecasts:
         top.annotate(
-            each.limit,
+            f"{_short(each.steps_per_second)}\n{each.limit}",
             (each.actors, each.steps_per_second),
-            xytext=(0, -14),
+            xytext=(0, -25),
             textcoords="offset points",
             ha="center",
             fontsize=8,
             color=GREY,
         )
     top.set_yscale("log")
-    top.margins(y=0.15)
+    top.margins(y=0.2)
     top.set_ylabel("environment steps a second")
     top.set_title(title, fontsize=12, fontweight="bold", loc="left")
-    bottom.plot(actors, [each.lag_max for each in forecasts], "o:", color=LAG, lw=1.2, ms=4, label="most")
+    bottom.plot(actors, [each.lag_max for each in forecasts], "s:", color=LAG, lw=1.2, ms=8, mfc="none", label="most")
     bottom.plot(actors, [each.lag for each in forecasts], "o-", color=LAG, lw=2, ms=5, label="mean")
     bottom.set_ylabel("policy lag, versions")
     bottom.set_xlabel("actors")

@@ -28,19 +28,27 @@ class Mirror:
 
     What cannot be copied is told in the log and tried again with the next checkpoint: it does not end the run.
 
+    Args:
+        goes_on: whether what is there is to be brought up to date, rather than refused.
+
     Raises:
-        RunFolderError: if nothing can be written there, when it is made.
+        RunFolderError: when it is made, if nothing can be written there, or there is another run.
     """
 
-    def __init__(self, url: str, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path, goes_on: bool = False) -> None:
         self.url, self.folder = url, folder
         self._there, self._root = _opened(url)
         try:
             self._there.makedirs(self._root, exist_ok=True)
             self._there.pipe_file(f"{self._root}/.probe", b"")
             self._there.rm_file(f"{self._root}/.probe")
+            taken = not goes_on and self._there.exists(f"{self._root}/{CONFIG}")
         except Exception as error:  # of any file system there is
             raise RunFolderError(f"{url} cannot be written: {reason(error)}; name a URL that can.") from error
+        if taken:
+            raise RunFolderError(
+                f"{url} holds another run; go on with it by `rookery resume {url}`, or name another URL."
+            )
         self._due, self._closed = threading.Event(), False
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()

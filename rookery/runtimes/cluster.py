@@ -6,12 +6,14 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 __all__ = ["Cluster", "ClusterError", "Host", "Needs"]
@@ -83,7 +85,8 @@ class Cluster:
         """
         mine = "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
         if mine:
-            _reach(self.address, max(cores, float(os.cpu_count() or 1)))
+            with _signals_kept():
+                _reach(self.address, max(cores, float(os.cpu_count() or 1)))
         import ray
 
         try:
@@ -117,6 +120,11 @@ class Cluster:
             if node["Alive"] or node["NodeID"] == self._here
         }
 
+    @property
+    def headless(self) -> bool:
+        """Whether the head has not been heard of for a while."""
+        return time.monotonic() - self._looked_at > PATIENCE
+
     def alive(self, node: str) -> bool:
         """Whether a node is, as of a look that begins from now on; not, if nobody can tell."""
         with self._looked:
@@ -138,8 +146,7 @@ class Cluster:
         here = self.here
         if stays:
             return here if here.has(needs) else None
-        headless = time.monotonic() - self._looked_at > PATIENCE  # to start anything elsewhere would wait for the head
-        hosts = [here] if headless else self.hosts.values()
+        hosts = [here] if self.headless else self.hosts.values()  # to start elsewhere would wait for the head
         free = [host for host in hosts if host.has(needs, *(staying if host is here else ()))]
         if self.placement == "pack":
             return min(free, key=lambda host: (host is not here, -host.load, host.name), default=None)
@@ -191,11 +198,26 @@ class Cluster:
             )
 
 
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray takes signals for itself when it begins; a run that they stop leaves a checkpoint."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    if threading.current_thread() is threading.main_thread():
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def _reach(address: str | None, cores: float) -> None:
     """Join the cluster at that address, or begin one of this machine alone."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None and "ray" not in sys.modules:  # which reads this when it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # since it listens on every interface
+    token = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if token is not None and not (Path(token).is_file() and Path(token).stat().st_size):
+        raise ClusterError(
+            f"RAY_AUTH_TOKEN_PATH names {token}, where there is no token; copy that of the cluster there."
+        )
     try:
         import ray
     except ImportError as error:

@@ -121,7 +121,8 @@ class Local:
         A role waits from the moment that its question is heard until it can be answered; messages under way, and what
         the word does to answer, count as its work.
         """
-        return self._measured or self.meter.measured(self.words, 1 + len(self.members))
+        here = [member for member in self.members if not member.away]
+        return self._measured or self.meter.measured(self.words, 1 + len(here))
 
     # Running.
 
@@ -148,7 +149,7 @@ class Local:
         self._prepare(graph)
         self._measured = None
         try:
-            for member in self.members:
+            for member in sorted(self.members, key=lambda member: member.spec.anew):  # others can do without those
                 self._start(member)
             self._since = time.perf_counter()
             while not between(self.steps, self.snapshot) and not self._ended():
@@ -432,7 +433,8 @@ class Local:
         self.dropped += lost
         why = _brief(reason, str(error))
         self.meter.role(member.name).dies(lost, why, time.perf_counter())
-        log.warning("%s failed: %s", member.name, reason, exc_info=error)
+        own = None if isinstance(error, (EOFError, OSError)) else error  # those say only that its process has ended
+        log.warning("%s failed: %s", member.name, reason, exc_info=own)
         member.over = True  # if it is not started again
         if member.failures >= self.failures:
             raise RoleError(f"{member.name} failed {member.failures} times in a row: {reason}") from error

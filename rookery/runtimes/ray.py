@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, Literal
 
 from rookery.runtimes.boxes import content
-from rookery.runtimes.cluster import Cluster, Host, Needs
+from rookery.runtimes.cluster import Cluster, ClusterError, Host, Needs
 from rookery.runtimes.inline import State
 from rookery.runtimes.local import Local
 from rookery.runtimes.local_words import Box, Member
@@ -35,6 +35,11 @@ INLINE = 100_000  # bytes of a message that Ray passes on with the call
 LOST = 20.0  # seconds without an answer after which a seat counts as lost, though Ray has not noticed yet
 BEGIN = 120.0  # seconds that a seat may take to begin
 RETRY = 1.0  # seconds between two attempts to place a role for which there is no room
+HEADLESS = (
+    "the head of the cluster is not heard of: nothing is started elsewhere until it is back; Ray ends this process if "
+    "that takes longer than RAY_gcs_rpc_server_reconnect_timeout_s (60 s), and `rookery resume` goes on from the last "
+    "checkpoint"
+)
 CORE: Needs = {"CPU": 1.0}
 
 
@@ -179,6 +184,7 @@ class Ray(Local):
         self._parcels: dict[int, tuple[int, Any]] = {}  # a box's last edition that was sent to a seat
         self._underway = False  # whether all that begins with the run has begun
         self._tried = 0.0  # when a place was last looked for
+        self._headless = False  # whether the head is lost, as was told
         self._told = 0  # late messages that were reported
         self._together = False  # whether a word is memory that all roles share
 
@@ -186,6 +192,11 @@ class Ray(Local):
         self, graph: Graph, between: Callable[[int, Callable[[], State]], bool], saved: State | None = None
     ) -> State:
         asked = [self._of(spec) for spec in graph.roles if not (spec.anew and self.least and spec.index >= self.least)]
+        names = {spec.name for spec in graph.roles}
+        if unknown := sorted(self.needs.keys() - names):
+            raise ClusterError(
+                f"role_needs names {unknown[0]!r}; the roles of this run are {', '.join(sorted(names))}."
+            )
         self._together = any(spec.options.get("once") for spec in graph.words.values())
         with self.cluster.joined(sum(self._of(spec).get("CPU", 0.0) for spec in graph.roles)):
             self.cluster.check(asked, self._together)
@@ -278,7 +289,10 @@ class Ray(Local):
         if (late := self.late.total()) != self._told:
             self._told = late
             self.report("runtime", 0, self.steps, {"late": late})
-        away = [member for member in self.members if member.away]
+        if self.cluster.headless != self._headless:
+            self._headless = self.cluster.headless
+            log.warning(HEADLESS if self._headless else "the head of the cluster is back")
+        away = sorted((member for member in self.members if member.away), key=lambda member: member.spec.anew)
         if away and time.monotonic() - self._tried > RETRY:
             self._tried = time.monotonic()
             self.cluster.look()

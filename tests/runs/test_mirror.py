@@ -65,6 +65,14 @@ def test_where_nothing_can_be_written_is_refused_at_once(tmp_path: Path) -> None
         train(tmp_path / "other", mirror="nosuch://x")
 
 
+def test_another_run_is_not_copied_over(tmp_path: Path) -> None:
+    train(tmp_path / "one", mirror=f"file://{tmp_path}/copy")
+    with pytest.raises(RunFolderError, match=r"copy holds another run; go on with it by `rookery resume file://"):
+        train(tmp_path / "two", mirror=f"file://{tmp_path}/copy")
+    assert not (tmp_path / "two").exists()  # so that another URL can be named
+    assert rookery.load(fetched(f"file://{tmp_path}/copy", tmp_path / "again")).saved()["steps"] >= 320
+
+
 def test_a_copy_that_fails_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

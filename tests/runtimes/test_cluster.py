@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, strategies
+from roles import quiet
 
 from rookery.runtimes import cluster as clusters
 from rookery.runtimes.boxes import Parcel, content, fill
 from rookery.runtimes.cluster import Cluster, ClusterError, Host
+from rookery.runtimes.ray import Ray
 from rookery.runtimes.seat import Mail
+from rookery.runtimes.words import Graph
+from rookery.settings import Options
 
 CORE = {"CPU": 1.0}
 
@@ -110,6 +117,52 @@ def test_no_cluster_is_told_at_once() -> None:
         Cluster("127.0.0.1:1", "spread").joined(1),
     ):
         pass
+
+
+def test_signals_stay_with_the_run() -> None:
+    """Ray takes SIGTERM when it begins, and would end the process without a checkpoint."""
+    mine = signal.getsignal(signal.SIGTERM)
+    with clusters._signals_kept():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGTERM) is mine
+
+
+def test_a_token_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself would abort."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ClusterError, match=r"none, where there is no token"), Cluster("head:1", "spread").joined(1):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"address": "192.0.2.2", "runtime": "ray"},
+            r"address=.192.0.2.2. is neither .auto. nor of the form",
+        ),
+        ({"address": "auto"}, r"address='auto' is for a Ray cluster; use it with runtime='ray'"),
+        ({"min_actors": 1}, r"min_actors=1 is for a Ray cluster"),
+        ({"placement": "pack"}, r"placement='pack' is for a Ray cluster"),
+        ({"role_needs": ("actor=1",), "runtime": "ray"}, r"role_needs has 'actor=1', and takes role.resource=amount"),
+        ({"min_actors": 2, "runtime": "ray"}, r"min_actors=2 of actors=1"),
+    ],
+)
+def test_options_of_a_cluster_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Options(**settings)
+
+
+def test_needs_are_by_role() -> None:
+    options = Options(runtime="ray", role_needs=("actor.CPU=0.5", "actor.big=1", "learner.GPU=1"))
+    assert options.needs == {"actor": {"CPU": 0.5, "big": 1.0}, "learner": {"CPU": 1.0, "GPU": 1.0}}
+
+
+def test_needs_of_a_role_there_is_none_of() -> None:
+    graph = Graph(0)
+    graph.role(quiet)
+    with pytest.raises(ClusterError, match=r"role_needs names 'actr'; the roles of this run are quiet"):
+        Ray(print, needs={"actr": CORE}).run(graph, lambda steps, snapshot: False)
 
 
 # What travels
