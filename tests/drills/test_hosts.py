@@ -15,6 +15,7 @@ import pytest
 
 PATIENCE = 240.0  # seconds for anything to happen
 
+pytest.importorskip("ray")
 pytestmark = pytest.mark.skipif(bool(hosts.unavailable()), reason=f"no hosts can be made: {hosts.unavailable()}")
 
 

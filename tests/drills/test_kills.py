@@ -357,7 +357,7 @@ def test_who_begins_anew_has_another_seed_and_no_past(anew: bool) -> None:
 def test_what_cannot_be_handed_over_is_refused(tmp_path: Path) -> None:
     import gymnasium
 
-    with pytest.raises(ValueError, match=r"actor 0 cannot be handed to another process .* use runtime='inline'\.$"):
+    with pytest.raises(ValueError, match=r"learner 0 cannot be handed to another process .* use runtime='inline'\.$"):
         rookery.train(
             "ppo", lambda: gymnasium.make("CartPole-v1"), run_dir=tmp_path / "run", quiet=True, runtime="local"
         )
