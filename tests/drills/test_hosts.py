@@ -123,7 +123,7 @@ def test_hosts_come_and_go(three: hosts.Hosts, capsys: pytest.CaptureFixture[str
     [
         ("ppo", ("--actors", "2", "--steps", "60_000")),
         ("apex", ("--actors", "3", "--steps", "30_000")),
-        ("gorila", ("--actors", "2", "--shards", "2", "--steps", "20_000")),
+        ("gorila", ("--actors", "2", "--shards", "2", "--steps", "6_000")),
     ],
 )
 def test_a_host_is_killed_and_comes_back(three: hosts.Hosts, system: str, options: tuple[str, ...]) -> None:
