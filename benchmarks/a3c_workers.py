@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import begin, finish, machine, parser, table
+from common import begin, finish, interval, machine, parser, table
 from kept import keeping, keeps, told
 
 ENV, GOAL, EVERY, BUDGET = "CartPole-v1", 475.0, 2_500, 300_000  # EVERY and BUDGET are steps
@@ -37,16 +37,6 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         "seconds": summary["seconds"],
         "evaluations": seen,
     }
-
-
-def interval(steps: list[float]) -> tuple[float, float]:
-    """The mean, and half of its 95 % interval by Student's t, which of one value is unknown."""
-    from scipy.stats import t
-
-    if len(steps) < 2:
-        return steps[0], math.nan
-    reach = t.ppf(0.975, len(steps) - 1) * statistics.stdev(steps) / len(steps) ** 0.5
-    return statistics.mean(steps), float(reach)
 
 
 def ratio(many: list[float], one: list[float]) -> tuple[float, float, float]:

@@ -23,6 +23,7 @@ __all__ = [
     "child",
     "chosen",
     "finish",
+    "interval",
     "interleaved",
     "machine",
     "parser",
@@ -68,6 +69,16 @@ class Spread(NamedTuple):
 def spread(values: Sequence[float]) -> Spread:
     """The median, the least and the greatest."""
     return Spread(statistics.median(values), min(values), max(values))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half of its 95 % interval by Student's t, which of one value is unknown."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return values[0], math.nan
+    reach = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), float(reach)
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 from common import RESULTS, begin, child, finish, machine, parser, table
-from scipy.stats import t
 
 NOTES = """A score is the mean return of 20 greedy episodes with the last weights; a cell is the mean over seeds with
 its 95 % interval (Student's t over seeds). Both learn from equal steps in one environment, with the same settings:
@@ -64,10 +65,9 @@ def train_sb3(spec: dict[str, Any]) -> dict[str, Any]:
 
 def interval(scores: list[float]) -> str:
     """The mean with its 95 % interval by Student's t; of one score, itself."""
-    mean = np.mean(scores)
-    if len(scores) < 2:
+    mean, reach = common.interval(scores)
+    if math.isnan(reach):
         return f"{mean:,.0f}"
-    reach = t.ppf(0.975, len(scores) - 1) * np.std(scores, ddof=1) / len(scores) ** 0.5
     return f"{mean:,.0f} ({mean - reach:,.0f} to {mean + reach:,.0f})"
 
 

@@ -85,7 +85,7 @@ def new_unroll(algorithm: Algorithm, example: tuple[dict[str, Obs], bool], state
 class Collector:
     """Steps an environment with an algorithm's policy, T rows at a time.
 
-    `seconds` has how long was spent in the environment and in acting so far; on a GPU, in issuing their work.
+    `seconds` has how long was spent in the environment and in acting so far, by `clock`; on a GPU, in issuing the work.
 
     Args:
         net: acts; the collector keeps it to itself, and fills it by `load`.
@@ -94,6 +94,8 @@ class Collector:
         graphs: replay what was compiled as CUDA graphs.
         bf16: run the trunk in bfloat16.
     """
+
+    clock = staticmethod(time.perf_counter)
 
     def __init__(
         self,
@@ -142,11 +144,12 @@ class Collector:
 
     def _timed(self, activity: str, function: Callable[..., Result]) -> Callable[..., Result]:
         """The function, whose seconds count as that activity."""
+        clock = self.clock
 
         def timed(*args: Any) -> Result:
-            began = time.perf_counter()
+            began = clock()
             result = function(*args)
-            self.seconds[activity] += time.perf_counter() - began
+            self.seconds[activity] += clock() - began
             return result
 
         return timed

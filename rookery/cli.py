@@ -199,10 +199,9 @@ def train(words: list[str]) -> None:
     from rookery.settings import resolve
     from rookery.train import train as run_training
 
-    asked = {word.partition("=")[0] for word in words}
-    name, algorithm, options = resolve(system, env, {}, tuned=not asked & {"--no-recipe", "--no_recipe"})
+    name, algorithm, options = resolve(system, env, {}, tuned="no_recipe" not in _asked(words))
     about = f"Train {name} on {env}. A setting that no flag names keeps its default, which is shown."
-    given = _given(words, about, name, {"run": options, name: algorithm, "display": Display()})
+    given = _given("train", words, about, name, {"run": options, name: algorithm, "display": Display()})
     settings = {**vars(given["run"]), **vars(given[name])}
     _finish(run_training(system, env, run_dir=given["display"].run_dir, quiet=given["display"].quiet, **settings))
 
@@ -217,7 +216,7 @@ def plan(words: list[str]) -> None:
     common = vars(Plan()).keys() & vars(options).keys() - {"actors"}
     wanted = Plan(**{each: getattr(options, each) for each in common})
     about = f"Plan {name} on {env}. A setting that no flag names keeps its default, which is shown."
-    given = _given(words, about, name, {"plan": wanted, name: algorithm, "cluster": Cluster()})
+    given = _given("plan", words, about, name, {"plan": wanted, name: algorithm, "cluster": Cluster()})
     wanted, cluster = given["plan"], given["cluster"]
     settings = {**vars(given[name]), **{each: getattr(wanted, each) for each in common}}
     work, costs, found = forecasts(system, env, wanted.actors, cluster, **settings)
@@ -353,19 +352,23 @@ def _named(verb: str, words: list[str]) -> list[str]:
     return words[:2]
 
 
-def _given(words: list[str], about: str, name: str, parts: dict[str, Any]) -> dict[str, Any]:
+def _asked(words: list[str]) -> set[str]:
+    """The flags among the words, as fields are named."""
+    return {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+
+
+def _given(verb: str, words: list[str], about: str, name: str, parts: dict[str, Any]) -> dict[str, Any]:
     """The parts of a verb's flags as the words set them; `name` is the system's."""
     from rookery.settings import refuse_unknown
 
-    asked = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     known = {each: value for part in parts.values() for each, value in vars(part).items()}
     switches = {f"no_{each}" for each, value in known.items() if isinstance(value, bool)}
-    refuse_unknown(asked - switches - {"help"}, set(known), name)  # says which systems have it; the parser cannot
+    # Says which systems have a setting; the parser cannot.
+    refuse_unknown(_asked(words) - switches - {"help"}, set(known), name)
     fields = [(part, type(value), dataclasses.field(default=value)) for part, value in parts.items()]
     # --help takes its titles from the names of the fields
-    verb = about.split()[0]
-    flags = dataclasses.make_dataclass(verb, fields, namespace={"__doc__": about})
-    return vars(_parse(flags, " ".join([verb.lower(), *words[:2]]), words[2:]))
+    flags = dataclasses.make_dataclass(verb.title(), fields, namespace={"__doc__": about})
+    return vars(_parse(flags, " ".join([verb, *words[:2]]), words[2:]))
 
 
 def _finish(run: Run) -> None:

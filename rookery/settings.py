@@ -29,6 +29,8 @@ RESERVED = {name: f"use the option {name}" for name in ("device", "seed", "envs"
 RESERVED |= {"lanes": "use the option envs", "render": "leave it out, for a video draws anyhow"}
 RESERVED |= dict.fromkeys(("id", "source"), "the environment is named in its own place")
 
+OF_CLUSTER = ("address", "placement", "min_actors", "role_needs")  # options that mean nothing elsewhere
+
 
 @dataclass(frozen=True)
 class Options:
@@ -82,10 +84,10 @@ class Options:
             name = pair.partition("=")[0]
             if name in RESERVED:
                 raise ValueError(f"env_options has {pair!r}, which the run itself sets; {RESERVED[name]}.")
-        of_cluster = {"address": None, "placement": "spread", "min_actors": 0, "role_needs": ()}
-        for name, default in of_cluster.items():
-            if getattr(self, name) != default and self.runtime != "ray":
-                raise ValueError(f"{name}={getattr(self, name)!r} is for a Ray cluster; use it with runtime='ray'.")
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if each.name in OF_CLUSTER and value != each.default and self.runtime != "ray":
+                raise ValueError(f"{each.name}={value!r} is for a Ray cluster; use it with runtime='ray'.")
         if self.address not in (None, "auto") and not re.fullmatch(r"\S+:\d+", str(self.address)):
             raise ValueError(
                 f"address={self.address!r} is neither 'auto' nor of the form HOST:PORT, such as head:6379."
@@ -113,15 +115,15 @@ class Options:
         """
         found: dict[str, dict[str, float]] = {}
         for need in self.role_needs:
-            name, _, amount = need.partition("=")
-            role, _, resource = name.partition(".")
+            role, _, rest = need.partition(".")
+            resource, _, amount = rest.partition("=")
             try:
-                found.setdefault(role, {"CPU": 1.0})[resource or name] = float(amount)
-                wrong = not (role and resource and 0 <= float(amount) < math.inf)
+                number = float(amount)
             except ValueError:
-                wrong = True
-            if wrong:
+                number = math.nan
+            if not (role and resource and 0 <= number < math.inf):
                 raise ValueError(f"role_needs has {need!r}, and takes role.resource=amount, such as actor.CPU=0.5.")
+            found.setdefault(role, {"CPU": 1.0})[resource] = number
         return found
 
     @property
@@ -152,10 +154,9 @@ def resolve(
 ) -> tuple[str, Algorithm, Options]:
     """The system's name, the algorithm and the options that the caller's settings and the recipe (`tuned`) make."""
     names = _fields(Options)
-    if isinstance(settings.get("sinks"), str):
-        settings = {**settings, "sinks": (settings["sinks"],)}
-    if isinstance(settings.get("role_needs"), str):
-        settings = {**settings, "role_needs": (settings["role_needs"],)}
+    for several in ("sinks", "role_needs"):
+        if isinstance(settings.get(several), str):
+            settings = {**settings, several: (settings[several],)}
     if isinstance(settings.get("env_options"), dict):
         pairs = (f"{name}={json.dumps(value)}" for name, value in settings["env_options"].items())
         settings = {**settings, "env_options": tuple(pairs)}

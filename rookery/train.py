@@ -40,7 +40,7 @@ from rookery.settings import EnvLike, Options, device_of, env_name, resolve
 from rookery.systems import SYSTEMS, find, system_of
 from rookery.topologies.setting import ReplaySetting, Setting, crosses
 
-__all__ = ["resume", "train"]
+__all__ = ["resume", "setting_of", "train"]
 
 MakeRuntime = Callable[[Callable[[str, int, int, dict[str, Any]], None]], Inline | Local]
 
@@ -156,7 +156,7 @@ def execute(
 ) -> Run:
     """Run the topology on the runtime, with checkpoints, and write down how it went."""
     system = system_of(name, run.algorithm)
-    graph = system.module.wire(_setting(run, options), options.seed, **layout(system, run.algorithm, options))
+    graph = system.module.wire(setting_of(run, options), options.seed, **layout(system, run.algorithm, options))
     try:
         with threads(options.threads), Keeper(run, options, quiet, saved) as keeper:
             make = make_runtime or partial(_runtime, run.path, options, keeper.step)
@@ -174,7 +174,7 @@ def execute(
     return run
 
 
-def _setting(run: Run, options: Options) -> Setting:
+def setting_of(run: Run, options: Options) -> Setting:
     """What the run's roles are built from."""
     return Setting(
         run.algorithm,
@@ -207,7 +207,7 @@ def _laid_out(run: Run, name: str, options: Options, quiet: bool) -> tuple[Run, 
     def make_setting(each: Options) -> Setting:
         trial, each = make(each)
         trial.folder = RunFolder(Path(tempfile.mkdtemp(dir=aside)))
-        return _setting(trial, each)
+        return setting_of(trial, each)
 
     own = isinstance(env, VectorEnv)  # its lanes are as many as they are
     try:

@@ -30,6 +30,13 @@ class OnPolicy:
             if getattr(self, name) < 1:
                 raise Refused(f"{name}={getattr(self, name)} leaves nothing to learn from; use 1 or more.")
 
+    def slots(self, batch: int, actors: int) -> int:
+        """Unrolls of each actor that there are room for, where the learner takes so many at once.
+
+        One of each, or one to fill while the learner has one, and as many as a batch takes.
+        """
+        return 1 + math.ceil(batch / actors) if self.stale else 1
+
     def check(self, lanes: int) -> None:
         """Refuse minibatches that do not divide what an update has."""
         whole = lanes if self.sequences else self.unroll * lanes
@@ -108,6 +115,10 @@ class ReplayPlan:
     def updates(self, lanes: int) -> int:
         """The updates that are owed for those rows, rounded down; at least 1."""
         return max(1, int(self.updates_per_step * lanes * self.rows(lanes)))
+
+    def tolerance(self, lanes: int, actors: int) -> float:
+        """Samples that may be owed or taken ahead before a side waits, with so many lanes an actor."""
+        return self.batch + (1 + self.ahead * actors) * self.rows(lanes) * lanes * self.samples_per_insert
 
     def check(self, lanes: int) -> None:
         """Refuse what cannot work with so many lanes."""

@@ -28,7 +28,8 @@ from rookery.runtimes.meter import nbytes
 from rookery.runtimes.words import Graph, Role, Weights
 from rookery.settings import Options
 from rookery.systems import system_of
-from rookery.topologies.setting import ReplaySetting, Setting
+from rookery.topologies.setting import Setting
+from rookery.train import setting_of
 
 __all__ = ["measure", "probe"]
 
@@ -53,21 +54,7 @@ def measure(name: str, algorithm: Algorithm, env: Any, options: Options, actors:
         sized: Any = {kind: number}
         run, found = build(name, algorithm, env, replace(options, **sized), None)
     work = Work(system.topology, algorithm.plan, options.envs, options.shards)
-    spec = run._make_net.spec
-    setting = Setting(
-        algorithm,
-        run._make_env,
-        run._make_net,
-        options.envs,
-        options.steps,
-        log_every=options.steps,
-        eval_every=0,
-        eval_episodes=1,
-        compile=options.compile,
-        bf16=found.precision == "bf16",
-        replay=ReplaySetting("ram", "cpu", False, spec.stack, spec),
-        actors_on={} if found.device == "cpu" else {"device": "cpu"},
-    )
+    setting = setting_of(run, replace(found, replay_memory="ram"))
     batches = sorted({work.batch(number) for number in actors})
     with threads(1):
         learns = _learner(setting, work, [size for size in batches if size <= LARGEST] or batches[:1])
@@ -77,14 +64,7 @@ def measure(name: str, algorithm: Algorithm, env: Any, options: Options, actors:
 class Metered(Collector):
     """Whose `seconds` are the processor's."""
 
-    def _timed(self, activity: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any) -> Any:
-            began = time.process_time()
-            result = function(*args)
-            self.seconds[activity] += time.process_time() - began
-            return result
-
-        return timed
+    clock = staticmethod(time.process_time)
 
 
 async def probe(role: Role, setting: Setting, rows: int, hops: Weights, go: Weights) -> None:

@@ -30,8 +30,8 @@ class ActorsLearner(Simulation):
 
     def begin(self) -> None:
         self.batch = self.given.batch(len(self.actors))
-        each = 1 + -(-self.batch // len(self.actors)) if self.plan.stale else 1
-        self.unrolls = Queue(self.sim, len(self.actors), each)
+        count = len(self.actors)
+        self.unrolls = Queue(self.sim, count, self.plan.slots(self.batch, count))
         self.add(self.learner, "learner")
 
     def actor(self, who: Player, index: int) -> Events:
@@ -70,7 +70,7 @@ class ActorsReplayLearner(Simulation):
 
     def begin(self) -> None:
         plan = self.plan
-        tolerance = plan.batch + (1 + plan.ahead * len(self.actors)) * self.items * plan.samples_per_insert
+        tolerance = plan.tolerance(self.given.lanes, len(self.actors))
         self.limiter, self.promised, self.turn = RateLimiter(plan.samples_per_insert, 0, tolerance), 0, 0
         self.room, self.owed = Signal(self.sim), Signal(self.sim)
         self.add(self.learner, "learner")

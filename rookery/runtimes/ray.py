@@ -49,8 +49,8 @@ class Seated:
     exitcode: str | None = None
     lost = False  # whether it is its host that was lost
 
-    def __init__(self, actor: Any, begun: Any, alive: Callable[[], bool], life: int, late: Counter[str]) -> None:
-        self._actor, self._begun, self._alive, self._life, self._late = actor, begun, alive, life, late
+    def __init__(self, actor: Any, begun: Any, alive: Callable[[], bool], late: Counter[str]) -> None:
+        self._actor, self._begun, self._alive, self._late = actor, begun, alive, late
         self._says, self._told = (getattr(actor, name).options(concurrency_group=name) for name in GROUPS)
         self._messages: deque[tuple[Any, ...] | None] = deque()
         self._unsent: list[tuple[Any, ...]] = []
@@ -68,8 +68,8 @@ class Seated:
             ray.get(self._begun, timeout=patience)
             patience = LOST
             while not over:
-                life, messages, over = ray.get(self._says.remote(), timeout=patience)
-                if life != self._life or not self._push(messages):
+                messages, over = ray.get(self._says.remote(), timeout=patience)
+                if not self._push(messages):
                     self._late.update(message[2] if message[0] == "tell" else message[0] for message in messages)
                     break
         except ray.exceptions.GetTimeoutError:
@@ -182,7 +182,6 @@ class Ray(Local):
         self._claimed: set[int] = set()  # members for which there is room on this host until the run ends
         self._shown: dict[tuple[Any, int], int] = {}  # the edition of a box that a seat was last shown
         self._parcels: dict[int, tuple[int, Any]] = {}  # a box's last edition that was sent to a seat
-        self._underway = False  # whether all that begins with the run has begun
         self._tried = 0.0  # when a place was last looked for
         self._headless = False  # whether the head is lost, as was told
         self._told = 0  # late messages that were reported
@@ -200,14 +199,7 @@ class Ray(Local):
         self._together = any(spec.options.get("once") for spec in graph.words.values())
         with self.cluster.joined(sum(self._of(spec).get("CPU", 0.0) for spec in graph.roles)):
             self.cluster.check(asked, self._together)
-            return super().run(graph, self._beginning(between), saved)
-
-    def _beginning(self, between: Callable[[int, Callable[[], State]], bool]) -> Callable[..., bool]:
-        def once_begun(steps: int, snapshot: Callable[[], State]) -> bool:
-            self._underway = True
-            return between(steps, snapshot)
-
-        return once_begun
+            return super().run(graph, between, saved)
 
     # Places.
 
@@ -225,7 +217,8 @@ class Ray(Local):
         return self.cluster.place(needs, [self._of(each.spec) for each in staying], self._stays(member))
 
     def _start(self, member: Member) -> None:
-        host, needs = self._place(member), self._of(member.spec)
+        host, needs, claimed = self._place(member), self._of(member.spec), id(member) in self._claimed
+        begins = not (member.lives or member.away)  # with the run, which may wait for its claims
         member.away = host is None
         if host is None:
             log.warning("%s waits for a host with room for it", member.name)
@@ -234,8 +227,7 @@ class Ray(Local):
             return
         self._at[id(member)] = host
         host.taken.update(needs)
-        claimed = id(member) in self._claimed
-        if host is not self.cluster.here or not self.shares or (self._underway and not claimed):
+        if host is not self.cluster.here or not self.shares or not (begins or claimed):
             self._seat(member, host)
             return
         if not claimed:
@@ -257,10 +249,10 @@ class Ray(Local):
             max_restarts=0,  # the runtime starts it again, elsewhere if need be
             concurrency_groups=dict.fromkeys(GROUPS, 1),
         )(Seat)
-        actor = kind.remote(member.lives, sys.path)
+        actor = kind.remote(sys.path)
         begun = actor.begin.remote(member.spec, member.seed, member.kept, self.threads)
         alive = partial(self.cluster.alive, host.node)
-        member.connection = member.process = Seated(actor, begun, alive, member.lives, self.late)
+        member.connection = member.process = Seated(actor, begun, alive, self.late)
         member.since, member.over = time.monotonic(), False
         member.begin()
 

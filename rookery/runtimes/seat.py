@@ -54,17 +54,15 @@ class Mail:
 
 
 class Seat:
-    """A role and its mail; each incarnation of a role has another life's number.
+    """A role and its mail; each incarnation of a role has another seat.
 
     Args:
-        life: how many of this role's lives are over.
         paths: where to find the modules that roles are of, as in the process that runs the graph.
     """
 
-    def __init__(self, life: int, paths: list[str]) -> None:
+    def __init__(self, paths: list[str]) -> None:
         sys.path.extend(path for path in paths if path not in sys.path)
-        self._mail, self._life = Mail(), life
-        self._called = time.monotonic()  # last
+        self._mail, self._called = Mail(), time.monotonic()  # last
         threading.Thread(target=self._watch, daemon=True).start()
 
     def begin(self, spec: RoleSpec, seed: int, saved: dict[str, Any] | None, threads: int) -> None:
@@ -78,8 +76,8 @@ class Seat:
         for message in messages:
             self._mail.heard.put(message)
 
-    def says(self) -> tuple[int, list[tuple[Any, ...]], bool]:
-        """What the role has said since the last call, oldest first, with the life's number; and whether it is over."""
+    def says(self) -> tuple[list[tuple[Any, ...]], bool]:
+        """What the role has said since the last call, oldest first; and whether it is over."""
         self._called, messages = time.monotonic(), []
         over = not self._role.is_alive()
         try:
@@ -87,8 +85,7 @@ class Seat:
             while True:
                 messages.append(self._mail.said.get_nowait())
         except queue.Empty:
-            self._called = time.monotonic()
-            return self._life, messages, over
+            return messages, over
 
     def _watch(self) -> None:
         """End a seat that the runtime has lost sight of: the role has long been started again elsewhere."""

@@ -10,8 +10,6 @@ the loss has to correct for (IMPALA, APPO).
 
 from __future__ import annotations
 
-import math
-
 from rookery.actor import joined
 from rookery.algorithms.base import Algorithm
 from rookery.evaluator import Evaluator
@@ -101,10 +99,8 @@ def wire(
     weights = graph.word("weights", "weights")
     plan = setting.unroll_plan
     count = max(plan.unrolls, learners) if plan.unrolls else actors  # unrolls of a batch
-    # One unroll of each actor, or one to fill while the learner has one, and as many as a batch takes.
-    each = 1 + math.ceil(count / actors) if plan.stale else 1
     names = ["unrolls"] if learners == 1 else [f"unrolls_{index}" for index in range(learners)]
-    queues = [graph.word("queue", name, each=each) for name in names]
+    queues = [graph.word("queue", name, each=plan.slots(count, actors)) for name in names]
     policy = shared_policy.wire(graph, setting, actors, weights, inference, double_buffer)
     for index in range(actors):
         graph.role(

@@ -104,7 +104,7 @@ def check(algorithm: Algorithm, lanes: int, actors: int, inference: str, double_
 
 def wire(setting: Setting, seed: int, actors: int = 1, inference: str = "own", double_buffer: bool = False) -> Graph:
     """The whole topology."""
-    graph, plan, lanes = Graph(seed), setting.replay_plan, setting.lanes
+    graph, plan = Graph(seed), setting.replay_plan
     weights = graph.word("weights", "weights")
     replay = graph.word(
         "replay",
@@ -112,7 +112,7 @@ def wire(setting: Setting, seed: int, actors: int = 1, inference: str = "own", d
         make_store=MakeStore(setting, actors, zlib.crc32(f"{seed}/replay".encode())),
         samples_per_insert=plan.samples_per_insert,
         min_size=plan.learning_starts,
-        tolerance=plan.batch + (1 + plan.ahead * actors) * plan.rows(lanes) * lanes * plan.samples_per_insert,
+        tolerance=plan.tolerance(setting.lanes, actors),
         writers=actors,
         save=setting.replay.save,
         overlap=plan.ahead > 0,
