@@ -56,8 +56,8 @@ class D4PG(OffPolicy):
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritics:
         from rookery.nn.critics import ActorCritics, Layers
 
-        layers, more = Layers(self.hidden, self.activation, self.layer_norm), (self.normalize_obs, network)
-        return ActorCritics(spec, "deterministic", layers, 1, self.atoms, None, *more)
+        layers = Layers(self.hidden, self.activation, self.layer_norm, self.encoder)
+        return ActorCritics(spec, "deterministic", layers, 1, self.atoms, None, self.normalize_obs, network)
 
     def parts(self, net: ActorCritics) -> dict[str, Part]:
         return actor_critic_parts(net, self.actor_lr)

@@ -40,7 +40,7 @@ class DDPG(OffPolicy):
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritics:
         from rookery.nn.critics import ActorCritics, Layers
 
-        layers = Layers(self.hidden, self.activation, self.layer_norm)
+        layers = Layers(self.hidden, self.activation, self.layer_norm, self.encoder)
         return ActorCritics(spec, "deterministic", layers, critics=1, normalize_obs=self.normalize_obs, network=network)
 
     def parts(self, net: ActorCritics) -> dict[str, Part]:

@@ -43,6 +43,7 @@ class IMPALA(Algorithm):
     correction: Literal["vtrace", "none"] = "vtrace"  # of what older weights did
     hidden: tuple[int, ...] = (64, 64)  # units of the MLP's layers
     activation: Literal["tanh", "relu", "silu"] = "tanh"  # of those layers
+    encoder: Literal["auto", "mlp", "nature", "impala", "grid"] = "auto"  # of images
     memory: Literal["none", "lstm", "gru"] = "none"  # recurrent core
     memory_size: int = 256  # units of the recurrent core
     normalize_obs: bool = False  # by running mean and variance
@@ -55,7 +56,7 @@ class IMPALA(Algorithm):
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritic:
         from rookery.nn.actor_critic import ActorCritic
 
-        shape = (self.hidden, self.activation, self.memory, self.memory_size)
+        shape = (self.hidden, self.activation, self.encoder, self.memory, self.memory_size)
         return ActorCritic(spec, *shape, self.normalize_obs, self.normalize_reward, network)
 
     def act(self, net: ActorCritic, obs: Obs, state: Tensor, explore: Explore | None) -> Acted:

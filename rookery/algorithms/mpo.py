@@ -61,7 +61,7 @@ class MPO(OffPolicy):
             "mean": torch.full((actions,), 10.0),
             "std": torch.full((actions,), 1000.0),
         }
-        layers = Layers(self.hidden, self.activation, self.layer_norm)
+        layers = Layers(self.hidden, self.activation, self.layer_norm, self.encoder)
         net = ActorCritics(spec, "gaussian", layers, 1, 1, duals, self.normalize_obs, network)
         net.set_std(self.std)
         return net

@@ -55,6 +55,7 @@ class OffPolicy(Algorithm):
     hindsight: float = 0.0  # share of samples whose goal is one reached later (Andrychowicz et al. 2017: 0.8)
     hidden: tuple[int, ...] = (256, 256)  # units of the MLPs' layers
     activation: Literal["tanh", "relu", "silu"] = "relu"  # of those layers
+    encoder: Literal["auto", "mlp", "nature", "impala", "grid"] = "auto"  # of images
     normalize_obs: bool = False  # by running mean and variance
 
     @property
@@ -120,7 +121,7 @@ class QLearning(OffPolicy):
     @property
     def net_settings(self) -> dict[str, Any]:
         """The settings of its `QNet`."""
-        names = ("hidden", "activation", "dueling", "noisy", "normalize_obs")
+        names = ("hidden", "activation", "encoder", "dueling", "noisy", "normalize_obs")
         return {name: getattr(self, name) for name in names}
 
     def optimizer(self, parameters: list[nn.Parameter], lr: Tensor) -> Optimizer:

@@ -50,6 +50,7 @@ class PPO(Algorithm):
     std: float = 1.0  # σ of the first policy, of actions in [-1, 1]
     hidden: tuple[int, ...] = (64, 64)  # units of the MLP's layers
     activation: Literal["tanh", "relu", "silu"] = "tanh"  # of those layers
+    encoder: Literal["auto", "mlp", "nature", "impala", "grid"] = "auto"  # of images
     memory: Literal["none", "lstm", "gru"] = "none"  # recurrent core
     memory_size: int = 128  # units of the recurrent core
     normalize_obs: bool = False  # by running mean and variance
@@ -64,7 +65,7 @@ class PPO(Algorithm):
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritic:
         from rookery.nn.actor_critic import ActorCritic
 
-        shape = (self.hidden, self.activation, self.memory, self.memory_size)
+        shape = (self.hidden, self.activation, self.encoder, self.memory, self.memory_size)
         net = ActorCritic(spec, *shape, self.normalize_obs, self.normalize_reward, network)
         net.set_std(self.std)
         return net

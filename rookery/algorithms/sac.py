@@ -57,7 +57,7 @@ class SAC(OffPolicy):
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritics:
         from rookery.nn.critics import ActorCritics, Layers
 
-        layers = Layers(self.hidden, self.activation, self.layer_norm)
+        layers = Layers(self.hidden, self.activation, self.layer_norm, self.encoder)
         duals = {"log_temperature": torch.zeros(())} if self.temperature is None else None
         return ActorCritics(spec, "squashed", layers, self.critics, 1, duals, self.normalize_obs, network)
 

@@ -44,7 +44,7 @@ class TD3(OffPolicy):
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritics:
         from rookery.nn.critics import ActorCritics, Layers
 
-        layers = Layers(self.hidden, self.activation, self.layer_norm)
+        layers = Layers(self.hidden, self.activation, self.layer_norm, self.encoder)
         return ActorCritics(
             spec, "deterministic", layers, self.critics, normalize_obs=self.normalize_obs, network=network
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rookery.envs.spec import MASK, EnvSpec, example, leaves, mask_of
 from rookery.nn.compiled import in_float32
 from rookery.nn.cores import make_core
-from rookery.nn.encoders import Encoder, VectorEncoder, make_encoder
+from rookery.nn.encoders import Encoder, EncoderName, VectorEncoder, make_encoder
 from rookery.nn.heads import GaussianHead, Policy, make_head
 from rookery.nn.init import init_linear
 from rookery.nn.norm import NormObs, RunningNorm
@@ -42,6 +42,7 @@ class ActorCritic(PolicyNet):
 
     Args:
         hidden: layer sizes of the MLP over everything that is no image.
+        encoder: of images, as in `make_encoder`.
         memory: the recurrent core after the trunk, of `memory_size`.
         normalize_obs: normalise float observations by `self.norm`, a `NormObs` that the algorithm updates.
         normalize_reward: keep `self.return_norm`, the moments of the discounted return, by which rewards are scaled.
@@ -54,6 +55,7 @@ class ActorCritic(PolicyNet):
         spec: EnvSpec,
         hidden: tuple[int, ...] = (64, 64),
         activation: str = "tanh",
+        encoder: EncoderName = "auto",
         memory: Literal["none", "lstm", "gru"] = "none",
         memory_size: int = 128,
         normalize_obs: bool = False,
@@ -64,10 +66,10 @@ class ActorCritic(PolicyNet):
         self.norm = NormObs(spec.obs_space) if normalize_obs else None
         self.twin = False
         if network is None:
-            trunk = make_encoder(spec.obs_space, hidden, activation=activation)
+            trunk = make_encoder(spec.obs_space, hidden, encoder, activation)
             self.twin = memory == "none" and isinstance(trunk, VectorEncoder)
             if self.twin:
-                trunk = make_encoder(spec.obs_space, hidden, activation=activation, copies=2)
+                trunk = make_encoder(spec.obs_space, hidden, encoder, activation, copies=2)
         else:
             trunk = OwnNetwork(spec, network)
         self.trunk = trunk

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from rookery.envs.spec import MASK, leaves
 from rookery.nn.actor_critic import Network, OwnNetwork, check_mask
 from rookery.nn.compiled import in_float32
-from rookery.nn.encoders import ACTIVATIONS, MLP, StackedLinear, make_encoder
+from rookery.nn.encoders import ACTIVATIONS, MLP, EncoderName, StackedLinear, make_encoder
 from rookery.nn.heads import make_head
 from rookery.nn.init import init_linear
 from rookery.nn.norm import NormObs
@@ -43,6 +43,7 @@ class Layers(NamedTuple):
     hidden: tuple[int, ...] = (256, 256)  # units
     activation: str = "relu"
     layer_norm: bool = False  # before the activations of critics
+    encoder: EncoderName = "auto"  # of images, as in `make_encoder`
 
 
 class ActorCritics(PolicyNet):
@@ -88,7 +89,7 @@ class ActorCritics(PolicyNet):
         self.actions = int(space.n) if isinstance(space, spaces.Discrete) else math.prod(self.shape)  # A
         self.norm = NormObs(spec.obs_space) if normalize_obs else None
         if network is None:
-            self.encoder = make_encoder(spec.obs_space, (), activation=layers.activation)
+            self.encoder = make_encoder(spec.obs_space, (), layers.encoder, layers.activation)
         else:
             self.encoder = OwnNetwork(spec, network)
         self.actor = Actor(self.encoder.features, self.actions, "categorical" if self.discrete else kind, layers)

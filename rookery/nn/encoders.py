@@ -1,7 +1,7 @@
 """Encoders: observations of any space to features `[..., F]`, with any leading dimensions.
 
 An image is a Box (or MultiBinary) of three dimensions whose smaller outer one holds the channels (`[C, H, W]` where
-they are equal); where a convolutional kind is named, one of two dimensions is an image of one channel.
+they are equal); where a convolutional encoder is named, one of two dimensions is an image of one channel.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ __all__ = [
     "Copies",
     "DictEncoder",
     "Encoder",
+    "EncoderName",
     "Flat",
     "GridCNN",
     "ImpalaResNet",
@@ -36,7 +37,7 @@ __all__ = [
     "make_encoder",
 ]
 
-Kind = Literal["auto", "mlp", "nature", "impala", "grid"]
+EncoderName = Literal["auto", "mlp", "nature", "impala", "grid"]
 
 # functions, not modules: a module call costs about as much as a small product
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -51,7 +52,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def make_encoder(
     obs_space: spaces.Space,
     hidden: Sequence[int] = (64, 64),
-    kind: Kind = "auto",
+    encoder: EncoderName = "auto",
     activation: str = "tanh",
     copies: int = 1,
 ) -> Encoder:
@@ -59,26 +60,26 @@ def make_encoder(
 
     Args:
         hidden: layer sizes of the MLP over everything that is no image.
-        kind: for images; `auto` takes "nature" from 36×36 pixels on, else "grid", and reads boxes of two dimensions
+        encoder: for images; `auto` takes "nature" from 36×36 pixels on, else "grid", and reads boxes of two dimensions
             as vectors unless they are uint8 and that large. `mlp` flattens images too.
         copies: E independent encoders; the result is then `[E, ..., F]`.
 
     Raises:
-        ValueError: for an unknown kind or activation, a convolutional kind without an image, a space without leaves.
+        ValueError: for an unknown encoder or activation, a convolutional kind without an image, a space without leaves.
     """
-    if kind not in get_args(Kind):
-        raise ValueError(f"Unknown encoder kind {kind!r}; choose one of {', '.join(get_args(Kind))}.")
+    if encoder not in get_args(EncoderName):
+        raise ValueError(f"Unknown encoder={encoder!r}; choose one of {', '.join(get_args(EncoderName))}.")
     found = {key: leaf for key, leaf in leaves(obs_space).items() if key[:1] != (MASK,)}
-    images = {key: image_kind(leaf, kind) for key, leaf in found.items()}
+    images = {key: image_kind(leaf, encoder) for key, leaf in found.items()}
     if not any(images.values()):
-        if kind in CONVOLUTIONAL:
-            raise ValueError(f"kind={kind!r} needs an image, and {obs_space} has none; use kind='mlp'.")
+        if encoder in CONVOLUTIONAL:
+            raise ValueError(f"encoder={encoder!r} needs an image, and {obs_space} has none; use encoder='auto'.")
         return VectorEncoder(obs_space, hidden, activation, copies)
     if copies > 1:
-        return Copies([make_encoder(obs_space, hidden, kind, activation) for _ in range(copies)])
+        return Copies([make_encoder(obs_space, hidden, encoder, activation) for _ in range(copies)])
     if () in found:
         return CONVOLUTIONAL[images[()]](obs_space)
-    return DictEncoder(obs_space, hidden, kind, activation)
+    return DictEncoder(obs_space, hidden, encoder, activation)
 
 
 class Encoder(nn.Module):
@@ -232,7 +233,7 @@ class NatureCNN(ImageEncoder):
         if min(height, width) < NATURE_MIN:
             raise ValueError(
                 f"The Nature CNN needs images of at least {NATURE_MIN}×{NATURE_MIN} pixels, and these have "
-                f"{height}×{width}; use kind='impala' or kind='grid', which take any size."
+                f"{height}×{width}; use encoder='impala' or encoder='grid', which take any size."
             )
         first = init_linear(nn.Conv2d(channels, 32, 8, stride=4))
         second = init_linear(nn.Conv2d(32, 64, 4, stride=2))
@@ -285,11 +286,15 @@ class DictEncoder(Encoder):
     """A convolutional encoder for each image and one MLP for all other leaves, concatenated; skips `action_mask`."""
 
     def __init__(
-        self, space: spaces.Space, hidden: Sequence[int] = (64, 64), kind: Kind = "auto", activation: str = "tanh"
+        self,
+        space: spaces.Space,
+        hidden: Sequence[int] = (64, 64),
+        encoder: EncoderName = "auto",
+        activation: str = "tanh",
     ) -> None:
         super().__init__()
         found = {key: leaf for key, leaf in leaves(space).items() if key[:1] != (MASK,)}
-        kinds = {key: image_kind(leaf, kind) for key, leaf in found.items()}
+        kinds = {key: image_kind(leaf, encoder) for key, leaf in found.items()}
         self.image_keys = [key for key, name in kinds.items() if name]
         images = [CONVOLUTIONAL[kinds[key]](found[key]) for key in self.image_keys]
         self.images = nn.ModuleList(images)
@@ -383,17 +388,17 @@ def image_shape(space: spaces.Space) -> tuple[tuple[int, int, int], bool]:
     if len(shape) == 2:
         return (1, *shape), False
     if len(shape) != 3:
-        raise ValueError(f"An image has 2 or 3 dimensions, and this space has shape {shape}; use kind='mlp'.")
+        raise ValueError(f"An image has 2 or 3 dimensions, and this space has shape {shape}; use encoder='mlp'.")
     first, middle, last = shape
     return ((last, first, middle), True) if last < first else ((first, middle, last), False)
 
 
-def image_kind(leaf: Leaf, kind: Kind) -> str:
+def image_kind(leaf: Leaf, encoder: EncoderName) -> str:
     """Which convolutional encoder this leaf takes; "" where it is no image."""
-    if kind == "mlp" or not isinstance(leaf, spaces.Box | spaces.MultiBinary) or len(leaf.shape) not in (2, 3):
+    if encoder == "mlp" or not isinstance(leaf, spaces.Box | spaces.MultiBinary) or len(leaf.shape) not in (2, 3):
         return ""
-    if kind != "auto":
-        return kind
+    if encoder != "auto":
+        return encoder
     (_, height, width), _ = image_shape(leaf)
     large = min(height, width) >= NATURE_MIN
     if len(leaf.shape) == 2 and not (large and dtype_of(leaf) == torch.uint8):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rookery.nn.actor_critic import Network, OwnNetwork, check_mask
 from rookery.nn.compiled import in_float32
-from rookery.nn.encoders import ACTIVATIONS, Encoder, ImageEncoder, make_encoder
+from rookery.nn.encoders import ACTIVATIONS, Encoder, EncoderName, ImageEncoder, make_encoder
 from rookery.nn.norm import NormObs
 from rookery.nn.policy import PolicyNet
 
@@ -40,6 +40,7 @@ class QNet(PolicyNet):
 
     Args:
         hidden: layer sizes of the MLP over everything that is no image, the hidden layer before the output included.
+        encoder: of images, as in `make_encoder`.
         dueling: a stream for the state's value and one for advantages, Q = V + A − mean A (Wang et al. 2016, eq. 9).
         noisy: the layers after the trunk are `NoisyLinear`.
         normalize_obs: normalise float observations by `self.norm`, a `NormObs` that the algorithm updates.
@@ -57,6 +58,7 @@ class QNet(PolicyNet):
         spec: EnvSpec,
         hidden: tuple[int, ...] = (256, 256),
         activation: str = "relu",
+        encoder: EncoderName = "auto",
         *,
         dueling: bool = False,
         noisy: bool = False,
@@ -73,7 +75,7 @@ class QNet(PolicyNet):
         self.actions, self.outputs = int(spec.action_space.n), outputs
         check_mask(spec, self.actions)
         self.norm = NormObs(spec.obs_space) if normalize_obs else None
-        self.trunk, width, activation = _trunk(spec, hidden, activation, network)
+        self.trunk, width, activation = _trunk(spec, hidden, activation, encoder, network)
         sizes = (self.trunk.features, *width)
         self.advantage = Stream((*sizes, self.actions * outputs), activation, noisy)
         self.value = Stream((*sizes, outputs), activation, noisy) if dueling else None
@@ -224,18 +226,18 @@ class NoisyLinear(nn.Linear):
 
 
 def _trunk(
-    spec: EnvSpec, hidden: tuple[int, ...], activation: str, network: Network | None
+    spec: EnvSpec, hidden: tuple[int, ...], activation: str, encoder: EncoderName, network: Network | None
 ) -> tuple[Encoder, tuple[int, ...], str]:
     """The trunk, the size of the hidden layer after it if there is one, and that layer's activation."""
     if network is not None:
         return OwnNetwork(spec, network), (), activation
-    encoder = make_encoder(spec.obs_space, hidden[:-1], activation=activation)
-    for layer in encoder.modules():
+    trunk = make_encoder(spec.obs_space, hidden[:-1], encoder, activation)
+    for layer in trunk.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.reset_parameters()
-    if not isinstance(encoder, ImageEncoder):
-        return encoder, hidden[-1:], activation
-    width = encoder.features
-    encoder.features = encoder.dense.in_features
-    encoder.dense = nn.Identity()  # type: ignore[assignment]  # its ReLU then meets what has had one
-    return encoder, (width,), "relu"
+    if not isinstance(trunk, ImageEncoder):
+        return trunk, hidden[-1:], activation
+    width = trunk.features
+    trunk.features = trunk.dense.in_features
+    trunk.dense = nn.Identity()  # type: ignore[assignment]  # its ReLU then meets what has had one
+    return trunk, (width,), "relu"

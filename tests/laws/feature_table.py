@@ -34,6 +34,7 @@ FEATURES: list[dict[str, Any]] = [
     {"name": "dict observation", "env": ("tensor:ProbeDict-v0", "tensor:ProbeDictBox-v0")},
     {"name": "action mask", "env": "tensor:ProbeMask-v0"},
     {"name": "images", **IMAGES},
+    {"name": "ResNet", **IMAGES, "encoder": "impala"},
     {"name": "frame stack", **IMAGES, "frame_stack": 2},
     {"name": "LSTM", "env": "tensor:ProbeMask-v0", "memory": "lstm"},
     {"name": "GRU", "env": "tensor:ProbeMask-v0", "memory": "gru"},

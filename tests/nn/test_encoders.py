@@ -7,6 +7,11 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from rookery.algorithms.base import Algorithm
+from rookery.algorithms.dqn import DQN
+from rookery.algorithms.ppo import PPO
+from rookery.algorithms.sac import SAC
+from rookery.envs.make import make_env
 from rookery.envs.spec import example
 from rookery.nn.encoders import (
     MLP,
@@ -111,7 +116,7 @@ def test_small_images_are_refused_with_advice_that_works() -> None:
     with pytest.raises(ValueError, match=r"at least 36×36 pixels.*35×40.*impala.*grid"):
         NatureCNN(images(3, 35, 40))
     for kind in ("impala", "grid"):
-        encoder = make_encoder(images(3, 35, 40), kind=kind)
+        encoder = make_encoder(images(3, 35, 40), encoder=kind)
         assert encoder(example(images(3, 35, 40), lanes=2)).shape == (2, encoder.features)
     smallest = images(1, 36, 36)
     assert NatureCNN(smallest)(example(smallest, lanes=1)).shape == (1, 512)
@@ -165,10 +170,17 @@ def test_copies_of_image_encoders() -> None:
 
 def test_bad_requests_name_what_there_is() -> None:
     with pytest.raises(ValueError, match="auto, mlp, nature, impala, grid"):
-        make_encoder(images(4, 84, 84), kind="resnet")
+        make_encoder(images(4, 84, 84), encoder="resnet")
     with pytest.raises(ValueError, match="tanh, relu"):
         MLP((1, 2), "swish")
     with pytest.raises(ValueError, match="needs an image"):
-        make_encoder(spaces.Box(-1, 1, (3,)), kind="nature")
+        make_encoder(spaces.Box(-1, 1, (3,)), encoder="nature")
     with pytest.raises(ValueError, match="add an observation"):
         make_encoder(spaces.Dict(action_mask=spaces.MultiBinary(2)))
+
+
+@pytest.mark.parametrize("algorithm", [PPO, DQN, SAC])
+def test_the_setting_reaches_the_network(algorithm: type[Algorithm]) -> None:
+    spec = make_env("tensor:KeyDoor-v0", planes="uint8").spec
+    nets = [algorithm(encoder=name).networks(spec) for name in ("auto", "impala")]
+    assert [any(isinstance(module, ImpalaResNet) for module in net.modules()) for net in nets] == [False, True]
