@@ -34,7 +34,8 @@ counts as the deadline in a ratio, so that the ratio is at most (<) what is writ
 RLlib those sampled, learnt from or not); steps/s are taken over the last four fifths of a run's rows, without start-up.
 
 "equal": two actors, batches of 1,024 steps, the same learning rate, losses and networks, on both sides: PPO 4 passes
-over minibatches of 256, APPO 4 passes over a batch (RLlib's circular buffer), IMPALA one. "example": RLlib's settings
+over minibatches of 256, APPO 4 passes over a batch (RLlib's circular buffer), IMPALA one; "compiled": with
+`torch.compile` on our side, whose seconds count. "example": RLlib's settings
 for that environment in its own examples, with two runners. "recipe": ours for it, with the budget that belongs to it;
 on Pong compiled. RLlib has its new API stack, and a processor declared for each of its actors, however many cores there
 are: with fewer it waits for ever (two runners and a learner of IMPALA want three). Its workers have the priority of
@@ -116,6 +117,7 @@ def variants_of(system: str, game: Game, runtimes: list[str], peer: str | None) 
     for runtime in runtimes:
         ours = {"kind": "ours", "system": system, "env": game.ours, "log_every": game.log_every}
         found[f"ours {runtime}, equal"] = {**ours, "own": {**settings, "runtime": runtime}}
+        found[f"ours {runtime}, equal, compiled"] = {**ours, "own": {**settings, "runtime": runtime, "compile": True}}
         found[f"ours {runtime}, recipe"] = {**ours, "own": {**game.recipe, "runtime": runtime}}
     return found
 

@@ -43,6 +43,7 @@ class Watched:
         self.restarts: Counter[str] = Counter()  # by role
         self.dropped: Counter[str] = Counter()  # units by reason
         self.reason = ""  # of the last restart
+        self.places: dict[str, str | None] = {}  # of roles on a cluster, the host
         self._first: Mapping[str, Any] | None = None  # row
         self._learner: Mapping[str, Any] = {}
         self._evaluation: Mapping[str, Any] = {}
@@ -71,7 +72,9 @@ class Watched:
             self.found = condensed(summary)
 
     def _take(self, row: Mapping[str, Any]) -> None:
-        """A row of the runtime: of a death, or what was measured since the row before."""
+        """A row of the runtime: of a death, of a place, or what was measured since the row before."""
+        if "placed" in row:
+            self.places[row["placed"]] = row["host"]
         if "restarted" in row:
             self.restarts[row["restarted"]] += 1
             self.reason = f"{row['restarted']}, {row['reason']}" if "reason" in row else ""
@@ -84,6 +87,15 @@ class Watched:
         named = (("restarted", self.restarts), ("dropped", self.dropped))
         lines = [f"{what}: " + ", ".join(f"{of} {n:,}" for of, n in counts.items()) for what, counts in named if counts]
         return [*lines, *([f"the last: {self.reason}"] if self.reason else [])]
+
+    def hosts(self) -> list[str]:
+        """Which roles are on which host of a cluster, and which have no place, a line each."""
+        at: dict[str | None, list[str]] = {}
+        for role, host in self.places.items():
+            at.setdefault(host, []).append(role)
+        named = sorted((host, roles) for host, roles in at.items() if host is not None)
+        lines = [f"{host}: {', '.join(roles)}" for host, roles in named]
+        return [*lines, *([f"without a place: {', '.join(at[None])}"] if None in at else [])]
 
     def status(self) -> str:
         """How far it has come, how fast it is and how good, in a line."""
@@ -136,6 +148,7 @@ def picture(watched: Watched, console: Console) -> RenderableType:
     limit, places = found["bottleneck"], scene(found)
     lines += [Text(overview(found), style="dim"), _columns(found, places, console.width)]
     lines += [Text(f"limit: {limit['limit']}", style="bold dark_orange"), Text(limit["because"]), Text(limit["change"])]
+    lines += [Text(line, style="dim") for line in watched.hosts()]
     return Group(*lines, *(Text(line, style="red") for line in watched.deaths()))
 
 

@@ -7,10 +7,24 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["DIED", "KEPT", "MESSAGE", "PAUSE", "RELENT", "RESUME", "TURN", "Arrivals", "Replayed", "begin", "pieces"]
+__all__ = [
+    "DIED",
+    "KEPT",
+    "MESSAGE",
+    "MOVED",
+    "PAUSE",
+    "RELENT",
+    "RESUME",
+    "TURN",
+    "Arrivals",
+    "Replayed",
+    "begin",
+    "pieces",
+]
 
 # What happens; an event is the number of a role, times 8, plus one of these.
-MESSAGE, KEPT, DIED, TURN, RELENT, PAUSE, RESUME = range(7)
+MESSAGE, KEPT, DIED, TURN, RELENT, PAUSE, RESUME, MOVED = range(8)
+BETWEEN = (PAUSE, RESUME, MOVED)  # turns
 FLUSH = 4096  # events between two writes, unless the state is taken: so many are lost with a killed process
 
 
@@ -28,7 +42,7 @@ class Arrivals:
         if what == TURN:
             self._turns = True
             return
-        if self._turns and what not in (PAUSE, RESUME):  # which are between turns
+        if self._turns and what not in BETWEEN:
             self._turns = False
             self._events.append(TURN)
         self._events.append(role * 8 + what)
@@ -77,6 +91,14 @@ class Replayed:
     def next(self) -> int | None:
         """What happens next; None at the record's end."""
         return self.events[self.at] % 8 if self.at < len(self.events) else None
+
+    def moved(self) -> list[int]:
+        """The roles that were moved next, at once."""
+        found = []
+        while self.next == MOVED:
+            found.append(self.events[self.at] // 8)
+            self.at += 1
+        return found
 
     def turn(self) -> list[tuple[int, int]]:
         """What happened in the next turn, as pairs of event and role."""

@@ -39,6 +39,7 @@ class Host:
         self.node, self.name, self.total = node, name, total
         self.taken: Counter[str] = Counter()
         self.lost_at = -SHUN  # when a role was last lost there
+        self.leaves = False  # whether it is about to leave the cluster
 
     def has(self, *needs: Needs) -> bool:
         """Whether there is room for all of these."""
@@ -50,7 +51,7 @@ class Host:
 
     @property
     def trusted(self) -> bool:
-        return time.monotonic() - self.lost_at >= SHUN
+        return not self.leaves and time.monotonic() - self.lost_at >= SHUN
 
     @property
     def load(self) -> float:
@@ -73,6 +74,7 @@ class Cluster:
         self.hosts: dict[str, Host] = {}  # that are alive, by node
         self._here = ""  # the node of this process
         self._nodes: list[dict[str, Any]] = []  # as Ray last told
+        self.leaving: set[str] = set()  # nodes that are about to leave, as it did
         self._looked, self._looked_at = threading.Condition(), 0.0  # after each look; when the last one was
         self._left = threading.Event()
 
@@ -104,10 +106,12 @@ class Cluster:
     def _watch(self) -> None:
         """In a thread: while the head is lost, to ask which hosts there are may take a minute."""
         import ray
+        from ray._private.state import state
 
         while not self._left.wait(LOOK):
             with contextlib.suppress(Exception):  # Ray's, of many kinds; what was told last holds
-                self._nodes, self._looked_at = ray.nodes(), time.monotonic()
+                self._nodes, self.leaving = ray.nodes(), set(state.get_draining_nodes())
+                self._looked_at = time.monotonic()
                 with self._looked:
                     self._looked.notify_all()
 
@@ -119,6 +123,8 @@ class Cluster:
             for node in self._nodes
             if node["Alive"] or node["NodeID"] == self._here
         }
+        for host in self.hosts.values():
+            host.leaves = host.node in self.leaving
 
     @property
     def headless(self) -> bool:

@@ -17,7 +17,7 @@ from rookery.runtimes.limiter import RateLimiter
 from rookery.runtimes.meter import WORK, Meter, Told, WordMeter, combined, told
 from rookery.runtimes.words import Graph, Part, Published, RoleSpec, Stateful
 
-__all__ = ["Deadlock", "Inline", "RoleError", "restore", "role_seed", "until"]
+__all__ = ["Deadlock", "Inline", "RoleError", "newer", "restore", "role_seed", "until"]
 
 State = dict[str, Any]
 
@@ -116,6 +116,11 @@ class InlineQueue:
         self._saved = [state[str(place)] for place in range(len(state))]
 
 
+def newer(version: int, steps: int) -> str:
+    """What those weights are called in an error."""
+    return f"weights newer than {version}" + (f", of step {steps} or later" if steps else "")
+
+
 class InlineWeights:
     """`Weights` within one process."""
 
@@ -133,11 +138,12 @@ class InlineWeights:
     def _stays(self) -> bool:
         return self._once and self._newest is not None
 
-    async def newer_than(self, version: int) -> Published:
+    async def newer_than(self, version: int, steps: int = 0) -> Published:
         def ready() -> bool:
-            return self._newest is not None and self._newest.version > version
+            newest = self._newest
+            return newest is not None and newest.version > version and newest.steps >= steps
 
-        await until(ready, f"weights newer than {version}", self.meter.name)
+        await until(ready, newer(version, steps), self.meter.name)
         assert self._newest is not None
         self.meter.reads(self._newest.version)
         return self._newest

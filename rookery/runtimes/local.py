@@ -17,11 +17,11 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rookery.runtimes.arrivals import DIED, KEPT, MESSAGE, PAUSE, RELENT, RESUME, TURN, Arrivals
+from rookery.runtimes.arrivals import DIED, KEPT, MESSAGE, MOVED, PAUSE, RELENT, RESUME, TURN, Arrivals
 from rookery.runtimes.boxes import fill, packed, unpacked
 from rookery.runtimes.inline import Deadlock, RoleError, State, restore, role_seed
 from rookery.runtimes.local_words import WORDS, Box, Member
@@ -416,20 +416,7 @@ class Local:
         now = time.monotonic()
         member.deaths = [*(then for then in member.deaths if now - then < WINDOW), now]
         member.failures, member.failed_at = member.failures + (member.waiting is None), self.steps
-        member.lives += 1
-        if member.spec.anew:  # or it would do again what it did since its state was taken, and count it twice
-            member.kept, member.seed = None, role_seed(self._seed, member.spec, member.lives)
-        lost = 0
-        for name, word in self.words.items():
-            filling = [box for held, box in member.filling.values() if held == name]
-            reading = [box for held, box in member.reading.values() if held == name]
-            if filling or reading:
-                lost += word.reclaim(filling, reading)
-            if hasattr(word, "forget"):
-                word.forget(member)
-        if not (lost or member.reading) and member.granted and member.starts and member.waiting is None:
-            lost = 1  # of what lies in no slot: steps and an update of memory that stays, an evaluation
-        member.filling, member.reading, member.waiting = {}, {}, None
+        lost = self._reclaim(member)
         self.dropped += lost
         why = _brief(reason, str(error))
         self.meter.role(member.name).dies(lost, why, time.perf_counter())
@@ -445,6 +432,37 @@ class Local:
         row = {"restarted": member.name, "dropped": lost, "reason": why}
         self.report("runtime", member.spec.index, self.steps, row)
         self._start(member)
+
+    def _reclaim(self, member: Member) -> int:
+        """Take back what a role held whose process is gone; gives how many units of work are lost."""
+        member.lives += 1
+        if member.spec.anew:  # or it would do again what it did since its state was taken, and count it twice
+            member.kept, member.seed = None, role_seed(self._seed, member.spec, member.lives)
+        lost = 0
+        for name, word in self.words.items():
+            filling = [box for held, box in member.filling.values() if held == name]
+            reading = [box for held, box in member.reading.values() if held == name]
+            if filling or reading:
+                lost += word.reclaim(filling, reading)
+            if hasattr(word, "forget"):
+                word.forget(member)
+        if not (lost or member.reading) and member.granted and member.starts and member.waiting is None:
+            lost = 1  # of what lies in no slot: steps and an update of memory that stays, an evaluation
+        member.filling, member.reading, member.waiting = {}, {}, None
+        return lost
+
+    def _move(self, members: Sequence[Member]) -> None:
+        """Start roles anew, elsewhere if that is to be, at a moment when nobody is at work: nothing is lost."""
+        for member in members:
+            self._note(MOVED, member)
+        Local.snapshot(self)
+        for member in members:
+            if member.over:
+                continue
+            self._close(member, 0.0)
+            self.dropped += self._reclaim(member)
+            self.report("runtime", member.spec.index, self.steps, {"moved": member.name})
+            self._start(member)
 
     def _look_after(self) -> None:
         """Start again who has died silently or is not heard of."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rookery.runtimes.boxes import copied, fits, pour, unpacked
-from rookery.runtimes.inline import Answer, InlineCalls, InlineQueue, InlineReplay, InlineWeights, State, until
+from rookery.runtimes.inline import Answer, InlineCalls, InlineQueue, InlineReplay, InlineWeights, State, newer, until
 from rookery.runtimes.meter import Meter, nbytes
 from rookery.runtimes.words import Published, RoleSpec
 
@@ -180,9 +180,9 @@ class LocalWeights(InlineWeights):
             self._turn()
         self.publish(version, member.filling.pop(number)[1], steps)
 
-    async def ask_newer_than(self, member: Member, version: int) -> tuple[int, int, int]:
+    async def ask_newer_than(self, member: Member, version: int, steps: int) -> tuple[int, int, int]:
         def ready() -> bool:
-            if self._newest is None:
+            if self._newest is None or self._newest.steps < steps:
                 return False
             known = self._readings.get(id(member))
             if known is None:
@@ -190,7 +190,7 @@ class LocalWeights(InlineWeights):
             least = max(version, known.published.version) if known.ended else version
             return self._newest.version > least or self._era > known.era
 
-        await until(ready, f"weights newer than {version}", self.name)
+        await until(ready, newer(version, steps), self.name)
         return self._read(member)
 
     async def ask_latest(self, member: Member) -> tuple[int, int, int]:

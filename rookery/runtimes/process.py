@@ -172,8 +172,8 @@ class LinkedWeights:
         link.tell(self.name, "publish", version, number, steps)
         link.hand_over()
 
-    async def newer_than(self, version: int) -> Published:
-        version, number, steps = await self.link.ask(self.name, "newer_than", version)
+    async def newer_than(self, version: int, steps: int = 0) -> Published:
+        version, number, steps = await self.link.ask(self.name, "newer_than", version, steps)
         return Published(version, self.link.boxes[number], steps)
 
     async def latest(self) -> Published:

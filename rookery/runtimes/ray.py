@@ -40,6 +40,10 @@ HEADLESS = (
     "that takes longer than RAY_gcs_rpc_server_reconnect_timeout_s (60 s), and `rookery resume` goes on from the last "
     "checkpoint"
 )
+LEAVING = (
+    "this host is about to leave the cluster, and the run with it: SIGTERM leaves a checkpoint, from which `rookery "
+    "resume` goes on elsewhere"
+)
 CORE: Needs = {"CPU": 1.0}
 
 
@@ -185,6 +189,7 @@ class Ray(Local):
         self._tried = 0.0  # when a place was last looked for
         self._headless = False  # whether the head is lost, as was told
         self._told = 0  # late messages that were reported
+        self._warned = False  # that this host is to leave
         self._together = False  # whether a word is memory that all roles share
 
     def run(
@@ -199,7 +204,27 @@ class Ray(Local):
         self._together = any(spec.options.get("once") for spec in graph.words.values())
         with self.cluster.joined(sum(self._of(spec).get("CPU", 0.0) for spec in graph.roles)):
             self.cluster.check(asked, self._together)
-            return super().run(graph, between, saved)
+            return super().run(graph, self._moving(between), saved)
+
+    def _moving(self, between: Callable[[int, Callable[[], State]], bool]) -> Callable[..., bool]:
+        """The same, before which roles leave the hosts that are about to leave."""
+
+        def moved_and_between(steps: int, snapshot: Callable[[], State]) -> bool:
+            if self.cluster.leaving:
+                self._leave()
+            return between(self.steps, snapshot)  # those who moved may have finished what they were at
+
+        return moved_and_between
+
+    def _leave(self) -> None:
+        self.cluster.look()
+        here = self.cluster.here
+        if here.leaves and not self._warned:
+            self._warned = True
+            log.warning(LEAVING)
+        at = ((member, self._at.get(id(member))) for member in self.members if not member.over)
+        if moving := [member for member, host in at if host not in (None, here) and host.leaves]:
+            self._move(moving)
 
     # Places.
 
@@ -220,6 +245,9 @@ class Ray(Local):
         host, needs, claimed = self._place(member), self._of(member.spec), id(member) in self._claimed
         begins = not (member.lives or member.away)  # with the run, which may wait for its claims
         member.away = host is None
+        if len(self.cluster.hosts) > 1:
+            where = None if host is None else host.name
+            self.report("runtime", member.spec.index, self.steps, {"placed": member.name, "host": where})
         if host is None:
             log.warning("%s waits for a host with room for it", member.name)
             member.connection = member.process = Nowhere()

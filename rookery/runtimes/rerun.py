@@ -104,7 +104,9 @@ class Rerun(Local):
         self, graph: Graph, between: Callable[[int, Callable[[], State]], bool], saved: State | None = None
     ) -> State:
         def stops(steps: int, snapshot: Callable[[], State]) -> bool:
-            stop = between(steps, snapshot) or self.record.next in (None, PAUSE)
+            if moved := self.record.moved():
+                self._move([self.members[number] for number in moved])
+            stop = between(self.steps, snapshot) or self.record.next in (None, PAUSE)
             return stop or (self.taken_at is not None and self.taken_at == self.resumed_at)
 
         self.heard = dict.fromkeys(range(len(graph.roles)), 0)
@@ -128,7 +130,7 @@ class Rerun(Local):
         return self._collected()
 
     def _note(self, what: int, member: Member | None = None) -> None:
-        if what in (PAUSE, RESUME):
+        if what in (PAUSE, RESUME):  # what else there is, is read as it comes
             if self.record.next != what:
                 raise Diverged(f"at event {self.record.at} of the record the run takes its state at another time.")
             self.record.at += 1

@@ -60,8 +60,8 @@ class Weights(Protocol):
 
     def publish(self, version: int, values: Any, steps: int) -> None: ...
 
-    async def newer_than(self, version: int) -> Published:
-        """Wait for a value of a later version."""
+    async def newer_than(self, version: int, steps: int = 0) -> Published:
+        """Wait for a value of a later version, published at so many steps or later."""
 
     async def latest(self) -> Published:
         """The newest value; waits only for the first."""

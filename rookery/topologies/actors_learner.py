@@ -70,11 +70,10 @@ async def evaluator(role: Role, setting: Setting, weights: Weights) -> None:
     version = 0
     try:
         while True:
-            version, values, steps = await weights.newer_than(version)
-            if steps >= evaluator.due:
-                evaluator.due = (steps // setting.eval_every + 1) * setting.eval_every
-                evaluator.load(values)
-                role.report(steps, evaluator.play(setting.eval_episodes).summary())
+            version, values, steps = await weights.newer_than(version, evaluator.due)
+            evaluator.due = (steps // setting.eval_every + 1) * setting.eval_every
+            evaluator.load(values)
+            role.report(steps, evaluator.play(setting.eval_episodes).summary())
     finally:
         env.close()
 

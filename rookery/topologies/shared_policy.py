@@ -16,6 +16,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from contextlib import ExitStack
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -92,8 +93,8 @@ async def acting(role: Role, setting: Setting, rows: int, calls: Calls | None, g
 class Desk:
     """What some lanes see, and what they are told to do: each by name, `[B, ...]`."""
 
-    def __init__(self, seen: dict[str, Any], told: dict[str, Any]) -> None:
-        self.seen, self.told = copied(seen), copied(told)
+    def __init__(self, index: int, seen: dict[str, Any], told: dict[str, Any]) -> None:
+        self.index, self.seen, self.told = index, copied(seen), copied(told)
         self.newest = torch.zeros(2, dtype=torch.int64)  # which weights the actor knows of: how many before; version
 
     @property
@@ -104,7 +105,7 @@ class Desk:
 class Policy:
     """Whoever acts for all.
 
-    `steps` counts the rows it has answered for, `seconds` what that took; it has no state but the weights.
+    `steps` counts the rows it has answered for, `seconds` what that took.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -112,11 +113,11 @@ class Policy:
         self.device, self.bf16 = next(self.net.parameters()).device, setting.bf16
         self._flat, self.version = flat(self.algorithm, self.net), -1
         self.steps, self.seconds = 0, {"inference": 0.0}
-        self._newest: dict[int, list[int]] = {}  # that each desk knew of when it last asked
+        self._newest: dict[str, list[int]] = {}  # that each desk knew of when it last asked
 
     def outdated(self, desks: list[Desk]) -> bool:
         """Whether any of them has heard of other weights since it last asked."""
-        newest = {id(desk): desk.newest.tolist() for desk in desks}
+        newest = {str(desk.index): desk.newest.tolist() for desk in desks}
         before, self._newest = self._newest, self._newest | newest
         return any(before.get(desk) != known for desk, known in newest.items())
 
@@ -143,9 +144,12 @@ class Policy:
         self.seconds["inference"] += time.perf_counter() - began
 
     def state(self) -> dict[str, Any]:
-        return {}
+        """Its weights, which may be older than the newest; and who knew of which."""
+        return {"version": self.version, "values": self._flat.snapshot(), "newest": self._newest}
 
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.load(state["version"], state["values"])
+        self._newest = dict(state["newest"])
 
 
 def _rows(value: Any, rows: slice) -> Any:
@@ -160,12 +164,12 @@ class Group(Collector):
 
     async def sit(self, calls: Calls, index: int) -> None:
         """Take the desk of that index."""
-        self.calls, self.desk = calls, await calls.slot(self._new_desk, index)
+        self.calls, self.desk = calls, await calls.slot(partial(self._new_desk, index), index)
 
     @torch.no_grad()
-    def _new_desk(self) -> Desk:
+    def _new_desk(self, index: int) -> Desk:
         noise = self.net.draw((self.env.lanes,), torch.Generator(self.env.device))
-        return Desk(self._seen(noise), self._choose(self._obs, self._state, noise)._asdict())
+        return Desk(index, self._seen(noise), self._choose(self._obs, self._state, noise)._asdict())
 
     def _seen(self, noise: Tensor) -> dict[str, Any]:
         return {"obs": self._obs, "state": self._state, "noise": noise, "scale": self._scale}
@@ -281,9 +285,11 @@ class Asking:
             group.close()
 
     def state(self) -> dict[str, Any]:
-        """Of each group."""
-        return {str(place): group.state() for place, group in enumerate(self.groups)}
+        """Of each group, and which weights they know of."""
+        groups = {str(place): group.state() for place, group in enumerate(self.groups)}
+        return {**groups, "version": self.version, "loads": self._loads}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        self.version, self._loads = state["version"], state["loads"]
         for place, group in enumerate(self.groups):
             group.load_state(state[str(place)])

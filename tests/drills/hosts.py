@@ -155,6 +155,20 @@ class Hosts:
         _do("tc", "qdisc", "replace", "dev", self._link(host), *shape)
         _do("ip", "netns", "exec", self._name(host), "tc", "qdisc", "replace", "dev", "eth0", *shape)
 
+    def drain(self, host: int) -> None:
+        """Tell Ray that the host is about to leave."""
+        ray = str(Path(sys.executable).with_name("ray"))
+        find = (
+            f"import ray; ray.init({self.head!r}, log_to_driver=False); print(*[node['NodeID'] for node in ray.nodes() "
+        )
+        find += f"if node['Alive'] and node['NodeManagerAddress'] == {self.address(host)!r}])"
+        found = subprocess.run(
+            self.within(0, sys.executable, "-c", find), env=self.env, check=True, capture_output=True, text=True
+        )
+        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a drill"]
+        drain = [ray, "drain-node", "--address", self.head, "--node-id", found.stdout.strip(), *why]
+        subprocess.run(self.within(0, *drain), env=self.env, check=True, capture_output=True, timeout=PATIENCE)
+
     def pids(self, host: int) -> list[int]:
         """All processes of a host, but for the one that holds it."""
         found = subprocess.run(["ip", "netns", "pids", self._name(host)], capture_output=True, text=True).stdout

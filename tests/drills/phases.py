@@ -71,10 +71,10 @@ def be_mortal() -> None:
         conclude(learner, shares)
         moment("concluded")
 
-    async def waiting(weights: Any, version: int) -> Any:
+    async def waiting(weights: Any, version: int, steps: int = 0) -> Any:
         if weights.name == "parameters" and last():
             moment("put")
-        newest = await newer_than(weights, version)
+        newest = await newer_than(weights, version, steps)
         if weights.name == "parameters" and last():
             moment("followed")
         return newest

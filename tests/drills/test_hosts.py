@@ -86,7 +86,7 @@ def joined(run: Training) -> list[str]:
 
 
 def test_hosts_come_and_go(three: hosts.Hosts, capsys: pytest.CaptureFixture[str]) -> None:
-    """One joins, one is killed, a link is slow and then cut, the driver dies: each time the run goes on."""
+    """One joins, one is killed, a link is slow and then cut, one leaves, the driver dies: each time the run goes on."""
     took = {f"start of host {host}": three.start(host) for host in (0, 1)}
     run = Training(
         three, "impala", "--steps", "10_000_000", "--actors", "4", "--min-actors", "2", "--eval-every", "20_000"
@@ -108,6 +108,12 @@ def test_hosts_come_and_go(three: hosts.Hosts, capsys: pytest.CaptureFixture[str
     three.kill(2)  # Ray itself ends where it was cut off for too long, and is begun again
     three.start(2)
     took["to be back on a healed host"] = run.until(lambda: len(joined(run)) > before, "actors on the healed host")
+    restarts = len(restarted(run))
+    three.drain(2)
+    took["to leave a host that is drained"] = run.until(lambda: len(run.rows("moved")) >= 2, "moves")
+    three.kill(2)
+    run.comes_on()
+    assert len(restarted(run)) == restarts
     assert "learner 0" not in restarted(run)
     reached = run.steps()
     run.resume(reached + 10_000)

@@ -83,6 +83,42 @@ def test_deaths_are_repeated(system: str, victim: str, tmp_path: Path, monkeypat
     assert differences(run, again(run)) == []
 
 
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of roles that are begun elsewhere at step 150 of a run."""
+    run, names, moved = Local.run, [], []
+
+    def moving(runtime: Local, graph: Any, between: Any, saved: Any = None) -> Any:
+        def moved_and_between(steps: int, snapshot: Any) -> bool:
+            if type(runtime) is Local and steps >= 150 and names and not moved:
+                moved.extend(member for member in runtime.members if member.spec.name in names)
+                runtime._move(moved)
+            return bool(between(runtime.steps, snapshot))
+
+        return run(runtime, graph, moved_and_between, saved)
+
+    monkeypatch.setattr(Local, "run", moving)
+    return names
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_moves_are_repeated_and_lose_nothing(system: str, tmp_path: Path, moves: list[str]) -> None:
+    moves += ["actor", "replica", "policy", "evaluator"] + ["learner"] * (system != "sac")
+    run = local(system, tmp_path / "run", **SYSTEMS[system])
+    rows = read(run.path / "metrics.jsonl")
+    assert sum("moved" in row for row in rows) > 1
+    assert not any("restarted" in row for row in rows)
+    assert run.summary["dropped"] == {}
+    assert differences(run, again(run)) == []
+
+
+@pytest.mark.parametrize("system", ["ppo", "sac"])
+def test_a_learner_that_is_moved_learns_on_as_if_it_were_not(system: str, tmp_path: Path, moves: list[str]) -> None:
+    stays = local(system, tmp_path / "stays")
+    moves.append("learner")
+    assert differences(stays, local(system, tmp_path / "moved")) == []
+
+
 def test_an_interruption_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     between = Keeper.between
     with monkeypatch.context() as patch:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies
+from hypothesis import HealthCheck, example, given, settings, strategies
 from tiny import differences, home, metrics, tiny, weights
 
 import rookery
@@ -108,6 +108,7 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
 @each_system
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rounds=strategies.lists(strategies.integers(1, 9), min_size=1, max_size=2))
+@example(rounds=[2])  # between two actors' turns
 def test_stopped_after_a_round(
     system: str, variant: str, whole: Any, stops: Stops, tmp_path_factory: Any, rounds: list[int]
 ) -> None:

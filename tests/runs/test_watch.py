@@ -154,6 +154,14 @@ def test_deaths_are_of_the_whole_run(tmp_path: Path) -> None:
     assert watched.deaths()[:2] == ["restarted: actor 0 1, learner 0 1", "dropped: died 2, stale 7"]
 
 
+def test_roles_are_shown_with_their_hosts(tmp_path: Path) -> None:
+    run = ran(tmp_path, replay(), ended=False)
+    log = MetricsLog(run / "metrics.jsonl")
+    for role, host in (("actor 0", "b"), ("actor 1", "b"), ("learner 0", "a"), ("actor 0", None)):
+        log.append({"step": 1, "role": "runtime", "index": 0, "placed": role, "host": host})
+    assert all(line in frame(run) for line in ("a: learner 0", "b: actor 1", "without a place: actor 0"))
+
+
 def test_watched_takes_the_newest(tmp_path: Path) -> None:
     run = ran(tmp_path, replay(), ended=False)
     watched = Watched(RunFolder.open(run))

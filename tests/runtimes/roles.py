@@ -145,6 +145,17 @@ async def glancing(role: Any, weights: Any, count: int) -> None:
         role.report(number, {"version": version, "steps": steps})
 
 
+async def occasional(role: Any, weights: Any, every: int, until: int) -> None:
+    """Read what was published at so many steps or later, again and again, and nothing between."""
+    version, steps, seen = 0, 0, []
+    while version < until:
+        due = (steps // every + 1) * every
+        version, _, steps = await weights.newer_than(version, due)
+        assert steps >= due, f"step {steps} before {due}"
+        seen.append(version)
+    role.report(len(seen), {"seen": seen})
+
+
 # Replay
 
 

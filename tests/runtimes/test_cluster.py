@@ -78,6 +78,16 @@ def test_a_host_where_a_role_was_lost_is_left_alone_for_a_while(monkeypatch: pyt
     assert placed(where, 1) == "1"
 
 
+def test_nothing_begins_on_a_host_that_is_about_to_leave() -> None:
+    where = cluster(1, 4)
+    where._nodes = [
+        {"NodeID": node, "Alive": True, "NodeManagerHostname": node, "Resources": CORE} for node in where.hosts
+    ]
+    where.leaving = {"1"}
+    where.look()
+    assert placed(where, 2) == "0-"
+
+
 def test_while_the_head_is_lost_there_is_only_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
     where = cluster(1, 4)
     where._looked_at -= clusters.PATIENCE

@@ -106,6 +106,14 @@ def test_weights_are_the_newest(runtime: str, versions: list[int], size: int) ->
     assert reported(rows, "seen")[0] == versions[-1]
 
 
+def test_who_waits_for_a_step_is_told_of_nothing_before(runtime: str) -> None:
+    """Versions 1 to 40 are of steps 9, 18, ...; of each 90 steps one is read at most, and the last is."""
+    rows, _ = execute(runtime, weights_graph(roles.occasional, [list(range(1, 41))], every=90, until=40))
+    (seen,) = reported(rows, "seen")
+    assert seen[-1] == 40
+    assert len({version * 9 // 90 for version in seen}) == len(seen)
+
+
 def test_publishers_do_not_mix(runtime: str) -> None:
     """Values of one version come whole, from whomever."""
     versions = [list(range(start, 300, 2)) for start in (1, 2)]

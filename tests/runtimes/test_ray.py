@@ -27,6 +27,7 @@ MORE: list[tuple[str, tuple[Any, ...]]] = [
     ("test_no_filler_starves", (2,)),
     ("test_slots_of_one_age_come_in_the_order_of_their_roles", ()),
     ("test_publishers_do_not_mix", ()),
+    ("test_who_waits_for_a_step_is_told_of_nothing_before", ()),
     ("test_latest_waits_only_for_the_first", ()),
     ("test_samples_per_insert_holds_for_several_samplers", ()),
     ("test_one_side_at_a_time", (1.0,)),
