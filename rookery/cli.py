@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -160,6 +161,8 @@ def main(arguments: list[str] | None = None) -> None:
     run with 130 (Ctrl-C) or 143 (SIGTERM).
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None:
+        warnings.formatwarning = lambda message, *_, **__: f"rookery: {message}\n"
     traceback = "--traceback" in words
     verb, *rest = [word for word in words if word != "--traceback"] or ["help"]
     if verb in ("help", "-h", "--help"):

@@ -240,7 +240,7 @@ def load(
         ("algorithm", own.get("algorithm"), algorithm),
     ):
         if needed and given is None:
-            option = " (on the command line: --env module:Name)" if what == "env" else ""
+            option = " (on the command line: --env module:Name)" if what == "env" else " (in Python alone)"
             raise ValueError(
                 f"{folder.path} was trained with its own {what}; load(path, {what}=...) needs it again{option}."
             )

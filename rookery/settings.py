@@ -166,6 +166,8 @@ def resolve(
             raise ValueError(
                 f"envs={settings['envs']}, but the environment handed in has {env.lanes} lanes; use those."
             )
+    if isinstance(system, type):
+        raise ValueError(f"{system.__name__} is a class; hand in {system.__name__}(...), or the name of a system.")
     if isinstance(system, Algorithm):
         refuse_unknown(settings, names, f"a run (the algorithm's settings go into {type(system).__name__}(...))")
         return type(system).__name__.lower(), system, as_dataclass(Options, settings)

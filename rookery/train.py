@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import shutil
 import signal
 import tempfile
@@ -41,6 +42,8 @@ from rookery.systems import SYSTEMS, find, system_of
 from rookery.topologies.setting import ReplaySetting, Setting, crosses
 
 __all__ = ["resume", "setting_of", "train"]
+
+log = logging.getLogger("rookery")
 
 MakeRuntime = Callable[[Callable[[str, int, int, dict[str, Any]], None]], Inline | Local]
 
@@ -129,6 +132,7 @@ def resume(
     options, saved = run._make_env.options, saved_whole(run)
     over = (run.path / "summary.json").exists() and not run.summary["interrupted"]
     if over and saved["steps"] >= (steps or options.steps):
+        log.warning("%s is over, at step %s; ask for more than that to go on", run.path, f"{saved['steps']:,}")
         return run
     changed: dict[str, Any] = {"steps": steps, "address": address}
     options = dataclasses.replace(options, **{name: new for name, new in changed.items() if new is not None})
@@ -297,7 +301,8 @@ class Keeper:
         if role == "learner" and index == 0:
             now, (before, step_before) = self.seconds(), self._last
             rate = (step - step_before) / max(now - before, 1e-9)
-            values, self._last = {**values, "seconds": now, "steps_per_second": rate}, (now, step)
+            pace = {"steps_per_second": rate} if step >= step_before else {}  # a learner that began anew fell back
+            values, self._last = {**values, "seconds": now, **pace}, (now, step)
         self.write(role, index, step, values)
         if role == "evaluator" and self.options.stop_at is not None:
             self.reached = values["eval_return_mean"] >= self.options.stop_at

@@ -344,6 +344,7 @@ def test_an_algorithm_object_needs_no_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"system": PPO}, r"PPO is a class; hand in PPO\(...\), or the name of a system"),
         ({"system": "pppo"}, r"no system 'pppo'; nearest: ppo"),
         ({"env": "CartPoel-v1"}, r"no backend has an environment 'CartPoel-v1'; nearest: .*CartPole-v1"),
         ({"env": "tensor:CartPoel-v1"}, r"no environment 'CartPoel-v1'; the nearest are CartPole-v1"),

@@ -52,9 +52,11 @@ class A2C(Algorithm):
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritic:
         from rookery.nn.actor_critic import ActorCritic
+        from rookery.nn.encoders import Layers
 
-        shape = (self.hidden, self.activation, self.encoder, self.memory, self.memory_size)
-        return ActorCritic(spec, *shape, self.normalize_obs, self.normalize_reward, network)
+        layers = Layers(self.hidden, self.activation, self.encoder)
+        memory = (self.memory, self.memory_size)
+        return ActorCritic(spec, layers, *memory, self.normalize_obs, self.normalize_reward, network)
 
     def act(self, net: ActorCritic, obs: Obs, state: Tensor, explore: Explore | None) -> Acted:
         (policy, value), state = net(obs, state)

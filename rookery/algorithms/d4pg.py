@@ -54,9 +54,10 @@ class D4PG(OffPolicy):
             )
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritics:
-        from rookery.nn.critics import ActorCritics, Layers
+        from rookery.nn.critics import ActorCritics
+        from rookery.nn.encoders import Layers
 
-        layers = Layers(self.hidden, self.activation, self.layer_norm, self.encoder)
+        layers = Layers(self.hidden, self.activation, self.encoder, self.layer_norm)
         return ActorCritics(spec, "deterministic", layers, 1, self.atoms, None, self.normalize_obs, network)
 
     def parts(self, net: ActorCritics) -> dict[str, Part]:

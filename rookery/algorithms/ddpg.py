@@ -38,9 +38,10 @@ class DDPG(OffPolicy):
     actor_priorities: bool = False  # rows enter replay by their own error, not by the highest (Horgan et al. 2018)
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritics:
-        from rookery.nn.critics import ActorCritics, Layers
+        from rookery.nn.critics import ActorCritics
+        from rookery.nn.encoders import Layers
 
-        layers = Layers(self.hidden, self.activation, self.layer_norm, self.encoder)
+        layers = Layers(self.hidden, self.activation, self.encoder, self.layer_norm)
         return ActorCritics(spec, "deterministic", layers, critics=1, normalize_obs=self.normalize_obs, network=network)
 
     def parts(self, net: ActorCritics) -> dict[str, Part]:

@@ -52,7 +52,8 @@ class MPO(OffPolicy):
     layer_norm: bool = False  # in the critic
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritics:
-        from rookery.nn.critics import ActorCritics, Layers
+        from rookery.nn.critics import ActorCritics
+        from rookery.nn.encoders import Layers
 
         actions = math.prod(spec.action_space.shape or ())
         duals = {  # before the softplus, which leaves numbers from 10 on as they are
@@ -61,7 +62,7 @@ class MPO(OffPolicy):
             "mean": torch.full((actions,), 10.0),
             "std": torch.full((actions,), 1000.0),
         }
-        layers = Layers(self.hidden, self.activation, self.layer_norm, self.encoder)
+        layers = Layers(self.hidden, self.activation, self.encoder, self.layer_norm)
         net = ActorCritics(spec, "gaussian", layers, 1, 1, duals, self.normalize_obs, network)
         net.set_std(self.std)
         return net

@@ -121,8 +121,10 @@ class QLearning(OffPolicy):
     @property
     def net_settings(self) -> dict[str, Any]:
         """The settings of its `QNet`."""
-        names = ("hidden", "activation", "encoder", "dueling", "noisy", "normalize_obs")
-        return {name: getattr(self, name) for name in names}
+        from rookery.nn.encoders import Layers
+
+        layers = Layers(self.hidden, self.activation, self.encoder)
+        return {"layers": layers, **{name: getattr(self, name) for name in ("dueling", "noisy", "normalize_obs")}}
 
     def optimizer(self, parameters: list[nn.Parameter], lr: Tensor) -> Optimizer:
         return (AdaGrad if self.adagrad else Adam)(parameters, lr, eps=self.adam_eps)

@@ -64,9 +64,11 @@ class PPO(Algorithm):
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritic:
         from rookery.nn.actor_critic import ActorCritic
+        from rookery.nn.encoders import Layers
 
-        shape = (self.hidden, self.activation, self.encoder, self.memory, self.memory_size)
-        net = ActorCritic(spec, *shape, self.normalize_obs, self.normalize_reward, network)
+        layers = Layers(self.hidden, self.activation, self.encoder)
+        memory = (self.memory, self.memory_size)
+        net = ActorCritic(spec, layers, *memory, self.normalize_obs, self.normalize_reward, network)
         net.set_std(self.std)
         return net
 

@@ -55,9 +55,10 @@ class SAC(OffPolicy):
             )
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritics:
-        from rookery.nn.critics import ActorCritics, Layers
+        from rookery.nn.critics import ActorCritics
+        from rookery.nn.encoders import Layers
 
-        layers = Layers(self.hidden, self.activation, self.layer_norm, self.encoder)
+        layers = Layers(self.hidden, self.activation, self.encoder, self.layer_norm)
         duals = {"log_temperature": torch.zeros(())} if self.temperature is None else None
         return ActorCritics(spec, "squashed", layers, self.critics, 1, duals, self.normalize_obs, network)
 

@@ -42,9 +42,10 @@ class TD3(OffPolicy):
     layer_norm: bool = False  # in the critics
 
     def networks(self, spec: EnvSpec, network: Network | None = None) -> ActorCritics:
-        from rookery.nn.critics import ActorCritics, Layers
+        from rookery.nn.critics import ActorCritics
+        from rookery.nn.encoders import Layers
 
-        layers = Layers(self.hidden, self.activation, self.layer_norm, self.encoder)
+        layers = Layers(self.hidden, self.activation, self.encoder, self.layer_norm)
         return ActorCritics(
             spec, "deterministic", layers, self.critics, normalize_obs=self.normalize_obs, network=network
         )

@@ -173,7 +173,8 @@ class Block:
 
     def _advance(self, index: int, env: gymnasium.Env) -> None:
         obs, reward, terminated, truncated, info = env.step(self.decode(self.first + index))
-        self._write(index, obs, info, reward, (bool(terminated), bool(truncated), True))
+        cut = bool(truncated) and not terminated  # Gymnasium's TimeLimit says both of a last step that ends by itself
+        self._write(index, obs, info, reward, (bool(terminated), cut, True))
 
     def _write(self, index: int, obs: Any, info: dict[str, Any], reward: Any, flags: tuple[bool, bool, bool]) -> None:
         lane, rows = self.first + index, self.rows

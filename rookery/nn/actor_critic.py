@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rookery.envs.spec import MASK, EnvSpec, example, leaves, mask_of
 from rookery.nn.compiled import in_float32
 from rookery.nn.cores import make_core
-from rookery.nn.encoders import Encoder, EncoderName, VectorEncoder, make_encoder
+from rookery.nn.encoders import Encoder, Layers, VectorEncoder, make_encoder
 from rookery.nn.heads import GaussianHead, Policy, make_head
 from rookery.nn.init import init_linear
 from rookery.nn.norm import NormObs, RunningNorm
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["ActorCritic", "ActorCriticOutput", "OwnNetwork", "check_mask"]
 
 Obs: TypeAlias = "Tensor | TensorDict"
+LAYERS = Layers()
 Network = nn.Module | Callable[[EnvSpec], nn.Module]
 
 
@@ -41,8 +42,7 @@ class ActorCritic(PolicyNet):
     product; images, memory and a user's own network use one trunk for both.
 
     Args:
-        hidden: layer sizes of the MLP over everything that is no image.
-        encoder: of images, as in `make_encoder`.
+        layers: of the trunk.
         memory: the recurrent core after the trunk, of `memory_size`.
         normalize_obs: normalise float observations by `self.norm`, a `NormObs` that the algorithm updates.
         normalize_reward: keep `self.return_norm`, the moments of the discounted return, by which rewards are scaled.
@@ -53,9 +53,7 @@ class ActorCritic(PolicyNet):
     def __init__(
         self,
         spec: EnvSpec,
-        hidden: tuple[int, ...] = (64, 64),
-        activation: str = "tanh",
-        encoder: EncoderName = "auto",
+        layers: Layers = LAYERS,
         memory: Literal["none", "lstm", "gru"] = "none",
         memory_size: int = 128,
         normalize_obs: bool = False,
@@ -66,10 +64,10 @@ class ActorCritic(PolicyNet):
         self.norm = NormObs(spec.obs_space) if normalize_obs else None
         self.twin = False
         if network is None:
-            trunk = make_encoder(spec.obs_space, hidden, encoder, activation)
+            trunk = make_encoder(spec.obs_space, layers.hidden, layers.encoder, layers.activation)
             self.twin = memory == "none" and isinstance(trunk, VectorEncoder)
             if self.twin:
-                trunk = make_encoder(spec.obs_space, hidden, encoder, activation, copies=2)
+                trunk = make_encoder(spec.obs_space, layers.hidden, layers.encoder, layers.activation, copies=2)
         else:
             trunk = OwnNetwork(spec, network)
         self.trunk = trunk

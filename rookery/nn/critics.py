@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from rookery.envs.spec import MASK, leaves
 from rookery.nn.actor_critic import Network, OwnNetwork, check_mask
 from rookery.nn.compiled import in_float32
-from rookery.nn.encoders import ACTIVATIONS, MLP, EncoderName, StackedLinear, make_encoder
+from rookery.nn.encoders import ACTIVATIONS, MLP, Layers, StackedLinear, make_encoder
 from rookery.nn.heads import make_head
 from rookery.nn.init import init_linear
 from rookery.nn.norm import NormObs
@@ -31,19 +31,10 @@ if TYPE_CHECKING:
 
     from rookery.envs.spec import EnvSpec
 
-__all__ = ["Actor", "ActorCritics", "Critics", "Layers"]
+__all__ = ["Actor", "ActorCritics", "Critics"]
 
 Obs: TypeAlias = "Tensor | TensorDict"
 Kind = Literal["deterministic", "gaussian", "squashed"]
-
-
-class Layers(NamedTuple):
-    """What MLPs are made of."""
-
-    hidden: tuple[int, ...] = (256, 256)  # units
-    activation: str = "relu"
-    layer_norm: bool = False  # before the activations of critics
-    encoder: EncoderName = "auto"  # of images, as in `make_encoder`
 
 
 class ActorCritics(PolicyNet):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "Flat",
     "GridCNN",
     "ImpalaResNet",
+    "Layers",
     "NatureCNN",
     "image_shape",
     "init_linear",
@@ -47,6 +48,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
 }
+
+
+class Layers(NamedTuple):
+    """What a network is made of before its heads."""
+
+    hidden: tuple[int, ...] = (64, 64)  # units of the MLP over everything that is no image
+    activation: str = "tanh"  # of those layers
+    encoder: EncoderName = "auto"  # of images, as in `make_encoder`
+    layer_norm: bool = False  # before the activations of critics
 
 
 def make_encoder(

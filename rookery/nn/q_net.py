@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rookery.nn.actor_critic import Network, OwnNetwork, check_mask
 from rookery.nn.compiled import in_float32
-from rookery.nn.encoders import ACTIVATIONS, Encoder, EncoderName, ImageEncoder, make_encoder
+from rookery.nn.encoders import ACTIVATIONS, Encoder, ImageEncoder, Layers, make_encoder
 from rookery.nn.norm import NormObs
 from rookery.nn.policy import PolicyNet
 
@@ -34,13 +34,14 @@ __all__ = ["CategoricalQNet", "ImplicitQNet", "NoisyLinear", "QNet"]
 
 Obs: TypeAlias = "Tensor | TensorDict"
 
+LAYERS = Layers((256, 256), "relu")
+
 
 class QNet(PolicyNet):
     """Action values of observations `[...]`: `[..., A]`, or `[..., A, outputs]` with several outputs an action.
 
     Args:
-        hidden: layer sizes of the MLP over everything that is no image, the hidden layer before the output included.
-        encoder: of images, as in `make_encoder`.
+        layers: of the trunk, and the hidden layer before the output, which is the last of `layers.hidden`.
         dueling: a stream for the state's value and one for advantages, Q = V + A − mean A (Wang et al. 2016, eq. 9).
         noisy: the layers after the trunk are `NoisyLinear`.
         normalize_obs: normalise float observations by `self.norm`, a `NormObs` that the algorithm updates.
@@ -56,9 +57,7 @@ class QNet(PolicyNet):
     def __init__(
         self,
         spec: EnvSpec,
-        hidden: tuple[int, ...] = (256, 256),
-        activation: str = "relu",
-        encoder: EncoderName = "auto",
+        layers: Layers = LAYERS,
         *,
         dueling: bool = False,
         noisy: bool = False,
@@ -75,7 +74,7 @@ class QNet(PolicyNet):
         self.actions, self.outputs = int(spec.action_space.n), outputs
         check_mask(spec, self.actions)
         self.norm = NormObs(spec.obs_space) if normalize_obs else None
-        self.trunk, width, activation = _trunk(spec, hidden, activation, encoder, network)
+        self.trunk, width, activation = _trunk(spec, layers, network)
         sizes = (self.trunk.features, *width)
         self.advantage = Stream((*sizes, self.actions * outputs), activation, noisy)
         self.value = Stream((*sizes, outputs), activation, noisy) if dueling else None
@@ -225,18 +224,16 @@ class NoisyLinear(nn.Linear):
         return torch.addcmul(y, outward, self.sigma(inward * x))
 
 
-def _trunk(
-    spec: EnvSpec, hidden: tuple[int, ...], activation: str, encoder: EncoderName, network: Network | None
-) -> tuple[Encoder, tuple[int, ...], str]:
+def _trunk(spec: EnvSpec, layers: Layers, network: Network | None) -> tuple[Encoder, tuple[int, ...], str]:
     """The trunk, the size of the hidden layer after it if there is one, and that layer's activation."""
     if network is not None:
-        return OwnNetwork(spec, network), (), activation
-    trunk = make_encoder(spec.obs_space, hidden[:-1], encoder, activation)
+        return OwnNetwork(spec, network), (), layers.activation
+    trunk = make_encoder(spec.obs_space, layers.hidden[:-1], layers.encoder, layers.activation)
     for layer in trunk.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.reset_parameters()
     if not isinstance(trunk, ImageEncoder):
-        return trunk, hidden[-1:], activation
+        return trunk, layers.hidden[-1:], layers.activation
     width = trunk.features
     trunk.features = trunk.dense.in_features
     trunk.dense = nn.Identity()  # type: ignore[assignment]  # its ReLU then meets what has had one

@@ -119,7 +119,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def _damaged(folder: Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(f"Checkpoint {folder} is damaged ({reason(error)}); use an older one.")
+    return CheckpointError(f"Checkpoint {folder} is damaged ({reason(error)}).")
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -367,7 +367,7 @@ class Checkpoints:
             try:
                 return step, load(self.path(step))
             except CheckpointError as error:
-                warnings.warn(f"{error} Skipped.", RuntimeWarning, stacklevel=3)
+                warnings.warn(f"{error} The next older one is tried.", RuntimeWarning, stacklevel=3)
         raise CheckpointError(f"There is no readable checkpoint in {self.folder}; train first, or name another run.")
 
     def _scores(self) -> dict[int, float | None]:

@@ -6,13 +6,14 @@ import contextlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from rookery.runs.files import reason, write_text
 
-__all__ = ["FIRST", "RUNTIME", "MetricsError", "MetricsLog", "Tail", "plain", "read"]
+__all__ = ["FIRST", "RUNTIME", "LastReturns", "MetricsError", "MetricsLog", "Tail", "plain", "read"]
 
 FIRST = ("step", "role", "index")  # these keys come first in every line, the others follow by name
 RUNTIME = "runtime"  # the role whose rows depend on the clock: how many there are, when, and what they say
@@ -23,6 +24,34 @@ def plain(value: Any) -> Any:
     if hasattr(value, "item") and not isinstance(value, (bool, int, float)):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class LastReturns:
+    """The mean return of the last episodes, from whole rows: as many as hold 100 episodes, or all there are."""
+
+    def __init__(self) -> None:
+        self._rows: deque[tuple[float, int]] = deque()  # mean, and of how many
+        self.episodes = 0
+
+    def take(self, row: Mapping[str, Any]) -> None:
+        """A row that may tell of an episode, or of the mean over several (`episodes`)."""
+        if (value := row.get("episode_return")) is None:
+            return
+        self._rows.append((value, row.get("episodes", 1)))
+        self.episodes += self._rows[-1][1]
+        while self.episodes - self._rows[0][1] >= 100:
+            self.episodes -= self._rows.popleft()[1]
+
+    @property
+    def mean(self) -> float:
+        return sum(value * count for value, count in self._rows) / max(1, self.episodes)
+
+    def clear(self) -> None:
+        self._rows.clear()
+        self.episodes = 0
+
+    def __str__(self) -> str:
+        return f"return {self.mean:.1f} (last {self.episodes} episodes)"
 
 
 class MetricsError(RuntimeError):

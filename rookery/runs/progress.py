@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rookery.runs.metrics import RUNTIME
+from rookery.runs.metrics import RUNTIME, LastReturns
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -49,7 +49,7 @@ class Progress:
         self.total = total_steps
         self.step = start
         self._stream = stream or sys.stdout
-        self._returns: deque[float] = deque(maxlen=100)
+        self._returns = LastReturns()
         self._evaluation: Mapping[str, Any] = {}
         self._learner: Mapping[str, Any] = {}
         self._runtime: Mapping[str, Any] = {}
@@ -75,9 +75,7 @@ class Progress:
             self._runtime = row
         elif role == RUNTIME and "restarted" in row:
             self._restarts, self._lost = self._restarts + 1, self._lost + row["dropped"]
-        value = row.get("episode_return")
-        if value is not None:
-            self._returns.append(value)
+        self._returns.take(row)
         now = time.monotonic()
         if now >= self._due:
             self._due = now + self._every
@@ -111,8 +109,8 @@ class Progress:
         self._times.append((now, self.step))
         while len(self._times) > 2 and now - self._times[1][0] > WINDOW:
             self._times.popleft()
-        if self._returns and self.step >= self._next_point:
-            self._history.append(self._mean())
+        if self._returns.episodes and self.step >= self._next_point:
+            self._history.append(self._returns.mean)
             self._next_point = self.step + max(1, self.total // POINTS)
         if self._live is not None:
             self._live.update(self._picture(), refresh=True)
@@ -146,9 +144,6 @@ class Progress:
     def _count(self) -> str:
         return f"{self.step:,}/{self.total:,}"
 
-    def _mean(self) -> float:
-        return sum(self._returns) / len(self._returns)
-
     def _pace(self) -> list[str]:
         """Steps/s over the last seconds, and the time left at that pace."""
         (then, before), (now, after) = self._times[0], self._times[-1]
@@ -158,9 +153,7 @@ class Progress:
         return [f"{pace:,.0f} steps/s", f"{_clock(max(0, self.total - self.step) / pace)} left"]
 
     def _scores(self) -> list[str]:
-        parts = []
-        if self._returns:
-            parts.append(f"return {self._mean():.1f} (last {len(self._returns)} episodes)")
+        parts = [str(self._returns)] if self._returns.episodes else []
         mean, std = (self._evaluation.get(name) for name in ("eval_return_mean", "eval_return_std"))
         if mean is not None:
             parts.append(f"evaluation {mean:.1f}" + (f" ± {std:.1f}" if std is not None else ""))
@@ -173,6 +166,8 @@ class Progress:
             return []
         shares = {name: value for name, value in self._runtime.items() if isinstance(value, float)}
         busy = [f"{name[:-5]} {value:.0%}" for name, value in shares.items() if name.endswith("_busy")]
+        if not any(value for name, value in shares.items() if name.endswith("_busy")):
+            return []  # nobody has told of any work yet
         fill = [f"{name[:-5]} {value:.0%} full" for name, value in shares.items() if name.endswith("_fill")]
         lag = [f"lag {self._learner['policy_lag']:.1f}"] if "policy_lag" in self._learner else []
         return ["busy: " + ", ".join(busy), *fill, *lag, f"limit: {measured['bottleneck']['limit']}"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rookery.runs.account import condensed, kind_of
 from rookery.runs.folder import RunFolder
-from rookery.runs.metrics import RUNTIME, Tail
+from rookery.runs.metrics import RUNTIME, LastReturns, Tail
 from rookery.runs.scene import Arrow, Scene, amount, overview, scene
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Watched:
         self._first: Mapping[str, Any] | None = None  # row
         self._learner: Mapping[str, Any] = {}
         self._evaluation: Mapping[str, Any] = {}
-        self._returns: deque[float] = deque(maxlen=100)
+        self._returns = LastReturns()
         self._tail = Tail(folder.metrics)
 
     def look(self) -> None:
@@ -65,8 +65,7 @@ class Watched:
                 self._learner = row
             elif row.get("role") == "evaluator":
                 self._evaluation = row
-            if row.get("episode_return") is not None:
-                self._returns.append(row["episode_return"])
+            self._returns.take(row)
         self.ended = self.folder.ended
         if self.ended and "flows" in (summary := self.folder.read_summary()):
             self.found = condensed(summary)
@@ -103,7 +102,7 @@ class Watched:
         parts = [f"{self.step:,}/{budget:,} steps" if budget else f"{self.step:,} steps"]
         rate = self._learner.get("steps_per_second")
         parts += [f"{rate:,.0f} steps/s"] if rate and not self.ended else []
-        parts += [f"return {sum(self._returns) / len(self._returns):.1f}"] if self._returns else []
+        parts += [str(self._returns)] if self._returns.episodes else []
         evaluated, lag = self._evaluation.get("eval_return_mean"), self._learner.get("policy_lag")
         parts += [f"evaluation {evaluated:.1f}"] if evaluated is not None else []
         parts += [f"policy lag {lag:.1f}, at most {self._learner['policy_lag_max']}"] if lag is not None else []

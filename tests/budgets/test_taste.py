@@ -17,7 +17,7 @@ from import_arrows import PACKAGE, modules_of
 ALGORITHM_LINES = 250
 FUNCTION_LINES = 50
 PARAMETERS = 8
-PPO_SETTINGS = 21
+PPO_SETTINGS = 22
 
 # Slow to import, and `import rookery` needs none of them.
 HEAVY = ("torch._dynamo", "tensordict", "gymnasium", "matplotlib", "envpool", "tyro", "rich", "tensorboard", "imageio")

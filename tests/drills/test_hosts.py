@@ -114,6 +114,7 @@ def test_hosts_come_and_go(three: hosts.Hosts, capsys: pytest.CaptureFixture[str
     three.kill(2)
     run.comes_on()
     assert len(restarted(run)) == restarts
+    three.start(2)
     assert "learner 0" not in restarted(run)
     reached = run.steps()
     run.resume(reached + 10_000)

@@ -103,6 +103,15 @@ def test_seeds(make):
     assert torch.equal(make(Counter, 2, seed=9).reset(), env.reset(seed=9))
 
 
+def test_who_ended_by_itself_was_not_cut_off(make):
+    """Gymnasium's TimeLimit says both of a step that ends by itself when the time is over."""
+    env = make(lambda: gymnasium.wrappers.TimeLimit(Counter(), 3))
+    env.reset()
+    steps = [env.step(torch.zeros(1, dtype=torch.int64)) for _ in range(3)]
+    assert [bool(step.terminated) for step in steps] == [False, False, True]
+    assert not any(bool(step.truncated) for step in steps)
+
+
 def test_time_limit_truncates(make):
     env = make("Pendulum-v1", 2, max_episode_steps=4)
     env.reset()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rookery.envs.spec import EnvSpec, example
 from rookery.nn.actor_critic import ActorCritic
+from rookery.nn.encoders import Layers
 
 T, B = 5, 3
 
@@ -41,7 +42,7 @@ COMBINATIONS = [(o, a) for o in OBSERVATIONS for a in ACTIONS if o != "masked" o
 @pytest.mark.parametrize(("obs", "action"), COMBINATIONS)
 def test_every_combination_trains(obs: str, action: str, memory: str) -> None:
     chosen = spec(OBSERVATIONS[obs], ACTIONS[action])
-    net = ActorCritic(chosen, (8,), memory=memory, memory_size=6, normalize_obs=True)
+    net = ActorCritic(chosen, Layers((8,)), memory=memory, memory_size=6, normalize_obs=True)
     rows = example(chosen.obs_space, lanes=B)
     out, state = net(rows, net.initial_state(B))
     taken, log_prob = out.policy.sample_with_log_prob(net.policy_head.draw((B,), None))
@@ -162,7 +163,7 @@ def test_memory_without_state_is_refused() -> None:
 def test_traces_as_one_graph(obs: str, action: str, memory: str) -> None:
     torch.compiler.reset()
     chosen = spec(OBSERVATIONS[obs], ACTIONS[action])
-    net = ActorCritic(chosen, (8,), memory=memory, memory_size=4, normalize_obs=True)
+    net = ActorCritic(chosen, Layers((8,)), memory=memory, memory_size=4, normalize_obs=True)
     rows, state, noise = example(chosen.obs_space, B), net.initial_state(B), net.policy_head.draw((B,), None)
 
     def act(obs: Tensor, state: Tensor, noise: Tensor) -> tuple[Tensor, ...]:

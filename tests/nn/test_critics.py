@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rookery.envs.spec import EnvSpec, example
-from rookery.nn.critics import ActorCritics, Critics, Layers
+from rookery.nn.critics import ActorCritics, Critics
+from rookery.nn.encoders import Layers
 
 N, A = 5, 2
 VECTOR, ACTION = spaces.Box(-1, 1, (4,)), spaces.Box(-1, 1, (A,))
@@ -23,7 +24,7 @@ OBSERVATIONS = {
     "image": spaces.Box(0, 255, (10, 10, 3), np.uint8),
     "dict": spaces.Dict(vector=VECTOR, n=spaces.Tuple((spaces.Discrete(3), spaces.Box(0, 1, (6, 6, 2))))),
 }
-SMALL = Layers((8, 8))
+SMALL = Layers((8, 8), "relu")
 
 
 def spec(obs: spaces.Space = VECTOR, action: spaces.Space = ACTION) -> EnvSpec:
@@ -43,7 +44,7 @@ def straight(critics: Critics, k: int, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("outputs", [(1,), (7,), (3, 1), (3, 7)])
 def test_stacked_critics_equal_separate_ones(outputs: tuple[int, ...], layer_norm: bool) -> None:
     torch.manual_seed(0)
-    critics = Critics(4 + A, Layers((8, 8), layer_norm=layer_norm), 3, outputs).double()
+    critics = Critics(4 + A, Layers((8, 8), "relu", layer_norm=layer_norm), 3, outputs).double()
     for parameter in critics.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     features, action = torch.randn(N, 4).double(), torch.randn(N, A).double()

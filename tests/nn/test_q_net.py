@@ -9,6 +9,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from rookery.envs.spec import EnvSpec, example
+from rookery.nn.encoders import Layers
 from rookery.nn.q_net import CategoricalQNet, ImplicitQNet, NoisyLinear, QNet
 
 N, A = 4, 3
@@ -42,7 +43,14 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize(("dueling", "noisy"), [(False, False), (True, False), (False, True), (True, True)])
 def test_every_combination_trains(obs: str, kind: str, dueling: bool, noisy: bool) -> None:
     make, settings, event = NETS[kind]
-    net = make(spec(OBSERVATIONS[obs]), **settings, hidden=(8, 8), dueling=dueling, noisy=noisy, normalize_obs=True)
+    net = make(
+        spec(OBSERVATIONS[obs]),
+        **settings,
+        layers=Layers((8, 8), "relu"),
+        dueling=dueling,
+        noisy=noisy,
+        normalize_obs=True,
+    )
     rows = example(OBSERVATIONS[obs], N)
     drawn = net.draw((N,), generator())
     out = net(rows, net.layer_noise(drawn))
@@ -77,7 +85,7 @@ def test_own_network_takes_the_place_of_all_but_the_output() -> None:
 def test_dueling_splits_value_and_advantage(outputs: int) -> None:
     """Q = V + A − mean A: the mean over actions is V, and what is added to all advantages changes nothing."""
     torch.manual_seed(0)
-    net = QNet(spec(), (16,), dueling=True, outputs=outputs).double()
+    net = QNet(spec(), Layers((16,), "relu"), dueling=True, outputs=outputs).double()
     obs = torch.randn(N, 5, dtype=torch.float64)
     before = net(obs)
     value = net.value(net.features(obs))
@@ -106,7 +114,7 @@ def test_noisy_layers_begin_as_the_paper_says() -> None:
     """σ = 0.5 / √inputs; f(e)² has the mean of |e|; every row's values differ from every other's."""
     layer = NoisyLinear(400, 2)
     assert layer.sigma.weight.unique().tolist() == pytest.approx([0.5 / 20])
-    net = QNet(spec(), (400,), noisy=True)
+    net = QNet(spec(), Layers((400,), "relu"), noisy=True)
     noise = net.noises(("noise",), 4000, generator())["noise"]
     assert noise.mean().abs() < 0.01
     f = noise.sign() * noise.abs().sqrt()
@@ -119,7 +127,7 @@ def test_noisy_layers_begin_as_the_paper_says() -> None:
 def test_rows_have_noise_of_their_own() -> None:
     """Changing one row's noise changes no other row."""
     for make, settings, _ in NETS.values():
-        net = make(spec(), **settings, hidden=(8, 8), dueling=True, noisy=True)
+        net = make(spec(), **settings, layers=Layers((8, 8), "relu"), dueling=True, noisy=True)
         obs, noise = torch.randn(N, 5), net.noises(("noise",), N, generator())["noise"]
         other = noise.clone()
         other[1] += 1
@@ -129,7 +137,7 @@ def test_rows_have_noise_of_their_own() -> None:
 
 def test_what_is_drawn() -> None:
     """1 + A uniform numbers, then M normal ones, on any leading dimensions."""
-    net = QNet(spec(), (8,), noisy=True)
+    net = QNet(spec(), Layers((8,), "relu"), noisy=True)
     drawn = net.draw((50, 40), generator())
     uniform, normal = drawn[..., : 1 + A], net.layer_noise(drawn)
     assert normal.shape == (50, 40, 5 + 8 + 8 + A)
@@ -137,7 +145,7 @@ def test_what_is_drawn() -> None:
     assert 0.99 < float(uniform.max()) < 1
     assert float(normal.std()) == pytest.approx(1, abs=0.02)
     torch.testing.assert_close(net.draw((50, 40), generator()), drawn)
-    plain = QNet(spec(), (8,))
+    plain = QNet(spec(), Layers((8,), "relu"))
     assert plain.draw((2,), generator()).shape == (2, 1 + A)
     assert plain.layer_noise(plain.draw((2,), generator())) is None
     assert plain.noises(("noise",), 2, generator()) == {}
@@ -147,9 +155,9 @@ def test_what_is_drawn() -> None:
 def test_means() -> None:
     """Values are what the outputs stand for: the mean of quantiles, the expectation over atoms."""
     obs = torch.randn(N, 5)
-    quantiles = QNet(spec(), (8,), outputs=7)
+    quantiles = QNet(spec(), Layers((8,), "relu"), outputs=7)
     torch.testing.assert_close(quantiles.values(obs), quantiles(obs).mean(-1))
-    atoms = CategoricalQNet(spec(), 5, (-2, 2), hidden=(8,))
+    atoms = CategoricalQNet(spec(), 5, (-2, 2), layers=Layers((8,), "relu"))
     chances = atoms(obs).softmax(-1)
     expected = sum(chances[..., i] * z for i, z in enumerate((-2, -1, 0, 1, 2)))
     torch.testing.assert_close(atoms.values(obs), expected)
@@ -158,7 +166,7 @@ def test_means() -> None:
 def test_implicit_quantiles_equal_the_equation() -> None:
     """f(ψ(s) ⊙ ReLU(Σ_{i=0}^{63} cos(πiτ) w_i + b)), fraction by fraction in float64; acting takes the midpoints."""
     torch.manual_seed(0)
-    net = ImplicitQNet(spec(), 4, hidden=(8, 6)).double()
+    net = ImplicitQNet(spec(), 4, layers=Layers((8, 6), "relu")).double()
     obs, fractions = torch.randn(N, 5, dtype=torch.float64), torch.rand(N, 3, dtype=torch.float64)
     out = net(obs, None, fractions)
     for row in range(N):
@@ -184,7 +192,7 @@ def test_image_features_are_those_of_the_convolutions() -> None:
 def test_weights_are_all_in_the_state() -> None:
     """Two networks of one spec agree once one has loaded the other's state."""
     for make, settings, _ in NETS.values():
-        first, second = (make(spec(), **settings, hidden=(8,), normalize_obs=True) for _ in range(2))
+        first, second = (make(spec(), **settings, layers=Layers((8,), "relu"), normalize_obs=True) for _ in range(2))
         second.load_state_dict(first.state_dict())
         obs: Tensor = torch.randn(N, 5)
         torch.testing.assert_close(first(obs), second(obs), rtol=0, atol=0)

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rookery.runs.metrics import MetricsError, MetricsLog, read
+from rookery.runs.metrics import LastReturns, MetricsError, MetricsLog, read
 
 
 def row(step: int, **values: Any) -> dict[str, Any]:
@@ -186,3 +186,16 @@ def test_rows_of_the_runtime_do_not_count(tmp_path: Path) -> None:
     assert [step for step, role in kept if role == "learner"] == [0, 1, 2]
     assert kept[-1] == (2, "learner")
     assert log.rows() == 3
+
+
+@given(st.lists(st.tuples(st.floats(-500, 500), st.integers(1, 130)), min_size=1, max_size=40))
+def test_the_last_returns_are_of_episodes(rows: list[tuple[float, int]]) -> None:
+    """The mean is over episodes, of the fewest whole rows from the end that hold a hundred."""
+    last = LastReturns()
+    for mean, count in rows:
+        last.take({"episode_return": mean, "episodes": count})
+        last.take({"step": 1})
+    least = next((n for n in range(1, len(rows)) if sum(count for _, count in rows[-n:]) >= 100), len(rows))
+    kept = [mean for mean, count in rows[-least:] for _ in range(count)]
+    assert last.episodes == len(kept)
+    assert last.mean == pytest.approx(sum(kept) / len(kept), abs=1e-9)

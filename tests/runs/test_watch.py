@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_is_shown_as_it_stands(tmp_path: Path) -> None:
     lag = {"policy_lag": 1.5, "policy_lag_max": 3, "steps_per_second": 1234.5}
     log.append({"step": 50, "role": "learner", "index": 0, **lag})
     status = frame(run, once=True).splitlines()[1]
-    assert status == "50/100 steps  1,234 steps/s  return 20.0  policy lag 1.5, at most 3"
+    assert status == "50/100 steps  1,234 steps/s  return 20.0 (last 1 episodes)  policy lag 1.5, at most 3"
 
 
 def test_a_run_that_has_measured_nothing(tmp_path: Path) -> None:
