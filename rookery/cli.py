@@ -244,15 +244,19 @@ def resume(words: list[str]) -> None:
 def rerun(words: list[str]) -> None:
     """`rookery rerun RUN [--until N]`."""
     given = _parse(Rerun, "rerun", words)
-    from rookery.rerun import differences
+    from rookery.rerun import differences, parting
     from rookery.rerun import rerun as repeat
     from rookery.run import load
     from rookery.runtimes.rerun import Diverged
 
     again = repeat(given.run, until=given.until, run_dir=given.run_dir, env=given.env, quiet=given.quiet)
     original = load(given.run, env=given.env)
+    if (step := parting(original, again)) is not None:
+        raise Diverged(f"{again.path} learnt something else, first seen at step {step:,}.")
     if again.summary["steps"] != original.summary["steps"]:
-        print(f"Stopped at step {again.summary['steps']:,}; the checkpoint there is in {again.path}.")
+        print(
+            f"Equal until step {again.summary['steps']:,}, as far as was told; {again.path} has the checkpoint there."
+        )
         return
     if unlike := differences(original, again):
         raise Diverged(f"{again.path} learnt something else: {', '.join(unlike)}.")

@@ -15,13 +15,15 @@ from rookery.algorithms.base import Algorithm, Network
 from rookery.run import Run, load
 from rookery.runs.checkpoint import Checkpoints
 from rookery.runs.folder import RunFolder
+from rookery.runs.metrics import read
+from rookery.runs.recorder import CLOCK
 from rookery.runtimes.arrivals import Replayed, pieces
 from rookery.runtimes.rerun import Rerun
 from rookery.settings import EnvLike
 from rookery.systems import system_of
 from rookery.train import ARRIVALS, execute, saved_whole
 
-__all__ = ["differences", "rerun"]
+__all__ = ["differences", "parting", "rerun"]
 
 UNORDERED = "hogwild"  # the topology whose roles write to memory without asking anybody
 
@@ -74,6 +76,15 @@ def differences(one: Run, two: Run) -> list[str]:
     """Where the learners of two runs' newest checkpoints differ."""
     ours, theirs = (run.saved()["run"]["roles"]["learner_0"] for run in (one, two))
     return _unlike("learner", ours, theirs)
+
+
+def parting(one: Run, two: Run) -> int | None:
+    """The first step at which the learners' rows of two runs differ, as far as the shorter run goes; None if nowhere."""
+    ours, theirs = ([row for row in read(run.folder.metrics) if row["role"] == "learner"] for run in (one, two))
+    for mine, other in zip(ours, theirs, strict=False):
+        if any(mine.get(name) != other.get(name) for name in (mine.keys() | other.keys()) - set(CLOCK)):
+            return int(mine["step"])
+    return None
 
 
 def _unlike(name: str, one: Any, two: Any) -> list[str]:

@@ -163,7 +163,11 @@ class Run:
         except (KeyError, TypeError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"The checkpoints of {self.path} do not fit its network: {error}.") from error
+            first = str(error).strip().splitlines()
+            raise CheckpointError(
+                f"The checkpoints of {self.path} do not fit its network, which is made for the environment and the "
+                f"settings: {' '.join(line.strip() for line in first[:2])}"
+            ) from error
         return net
 
     def saved(self, which: Literal["latest", "best"] = "latest") -> dict[str, Any]:

@@ -129,6 +129,8 @@ def resume(
     if is_url(path):
         path = fetched(str(path), Path(run_dir or Path("runs") / str(path).rstrip("/").rpartition("/")[2]))
     run = load(path, algorithm=algorithm, env=env, network=network)
+    if algorithm is not None and type(algorithm).__name__ != (before := run.config["algorithm"]["class"]):
+        log.warning("%s was trained with %s, and goes on with %s", run.path, before, type(algorithm).__name__)
     options, saved = run._make_env.options, saved_whole(run)
     over = (run.path / "summary.json").exists() and not run.summary["interrupted"]
     if over and saved["steps"] >= (steps or options.steps):

@@ -545,7 +545,7 @@ class NanPPO(PPO):
         return loss._replace(loss=loss.loss * torch.where(now.remaining < 0.5, float("nan"), 1.0))
 
 
-def test_a_loss_that_becomes_nan(tmp_path: Path) -> None:
+def test_a_loss_that_becomes_nan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "run"
     with pytest.raises(RoleError, match=r"learner 0 failed: the gradient of .* is not finite") as caught:
         train(path, system=NanPPO(**LEARN))
@@ -554,6 +554,7 @@ def test_a_loss_that_becomes_nan(tmp_path: Path) -> None:
     assert run.checkpoints.steps()[-1] >= 32
     assert all(bool(value.isfinite().all()) for value in run.net().state_dict().values())
     mended = rookery.resume(path, algorithm=PPO(**LEARN), quiet=True)
+    assert "was trained with NanPPO, and goes on with PPO" in caplog.text
     assert mended.summary["steps"] >= 96
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -233,7 +234,9 @@ class _Check:
         try:
             yield
         except Exception as error:  # whatever a user's environment raises is a finding
-            self.fail(rule, f"{type(error).__name__}: {error}")
+            said, _, trace = f"{type(error).__name__}: {error}".partition("\n")
+            places = re.findall(r'File "(?:.*[/\\])?(.+?)", line (\d+)', trace)
+            self.fail(rule, said + (f" ({places[-1][0]}, line {places[-1][1]})" if places else ""))
 
     def spaces(self) -> bool:
         spec = self.env.spec

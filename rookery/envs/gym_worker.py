@@ -28,6 +28,9 @@ __all__ = ["Block", "Field", "LaneError", "Maker", "arrays", "fields", "make_env
 ALIGN = 64  # bytes; a cache line, so that two workers never write the same one at an array's start
 
 
+RESET, STEP = ("obs", "info"), ("obs", "reward", "terminated", "truncated", "info")  # what Gymnasium's calls return
+
+
 class LaneError(Exception):
     """What went wrong in which lane, in one sentence; the traceback of the environment's own error after it."""
 
@@ -168,13 +171,20 @@ class Block:
             raise LaneError(int(lane), f"raised {type(error).__name__}: {error}\n{traceback.format_exc()}") from error
 
     def _begin(self, index: int, env: gymnasium.Env, seed: int | None) -> None:
-        obs, info = env.reset(seed=seed)
+        obs, info = self._parts(index, env.reset(seed=seed), RESET)
         self._write(index, obs, info, 0.0, (False, False, False))
 
     def _advance(self, index: int, env: gymnasium.Env) -> None:
-        obs, reward, terminated, truncated, info = env.step(self.decode(self.first + index))
+        found = env.step(self.decode(self.first + index))
+        obs, reward, terminated, truncated, info = self._parts(index, found, STEP)
         cut = bool(truncated) and not terminated  # Gymnasium's TimeLimit says both of a last step that ends by itself
         self._write(index, obs, info, reward, (bool(terminated), cut, True))
+
+    def _parts(self, index: int, found: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
+        if isinstance(found, tuple) and len(found) == len(names):
+            return found
+        gave = f"{len(found)} values" if isinstance(found, tuple) else f"one value ({type(found).__name__})"
+        raise LaneError(self.first + index, f"returned {gave}; return {', '.join(names)}.")
 
     def _write(self, index: int, obs: Any, info: dict[str, Any], reward: Any, flags: tuple[bool, bool, bool]) -> None:
         lane, rows = self.first + index, self.rows

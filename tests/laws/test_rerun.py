@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -191,6 +192,18 @@ def test_the_command_line_fails_where_something_else_was_learnt(tmp_path: Path, 
         main(["rerun", str(run.path), "--run-dir", str(tmp_path / "again"), "--quiet"])
     assert exit.value.code == 1
     assert "learnt something else: learner.counts" in capsys.readouterr().err
+
+
+def test_what_is_repeated_in_part_is_compared_in_part(tmp_path: Path, capsys: Any) -> None:
+    run = local("impala", tmp_path / "run", actors=2)
+    words = ["rerun", str(run.path), "--until", "7", "--quiet", "--run-dir"]
+    main([*words, str(tmp_path / "again")])
+    assert "Equal until step" in capsys.readouterr().out
+    log = run.path / "metrics.jsonl"
+    log.write_text(re.sub(r'"loss":[-\d.e]+', '"loss":7.0', log.read_text(), count=3))
+    with pytest.raises(SystemExit):
+        main([*words, str(tmp_path / "other")])
+    assert re.search(r"learnt something else, first seen at step \d+", capsys.readouterr().err)
 
 
 def test_a_record_that_ends_abruptly_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
