@@ -254,9 +254,8 @@ def rerun(words: list[str]) -> None:
     if (step := parting(original, again)) is not None:
         raise Diverged(f"{again.path} learnt something else, first seen at step {step:,}.")
     if again.summary["steps"] != original.summary["steps"]:
-        print(
-            f"Equal until step {again.summary['steps']:,}, as far as was told; {again.path} has the checkpoint there."
-        )
+        steps = f"{again.summary['steps']:,}"
+        print(f"Equal until step {steps}, as far as was told; {again.path} has the checkpoint there.")
         return
     if unlike := differences(original, again):
         raise Diverged(f"{again.path} learnt something else: {', '.join(unlike)}.")

@@ -79,7 +79,7 @@ def differences(one: Run, two: Run) -> list[str]:
 
 
 def parting(one: Run, two: Run) -> int | None:
-    """The first step at which the learners' rows of two runs differ, as far as the shorter run goes; None if nowhere."""
+    """The first step at which the learners' rows of two runs differ, as far as both go; None if nowhere."""
     ours, theirs = ([row for row in read(run.folder.metrics) if row["role"] == "learner"] for run in (one, two))
     for mine, other in zip(ours, theirs, strict=False):
         if any(mine.get(name) != other.get(name) for name in (mine.keys() | other.keys()) - set(CLOCK)):

@@ -170,6 +170,20 @@ def test_faults_name_lane_and_step(make, workers, fault, sentence):
         env.reset()
 
 
+class Four(Counter):
+    """Of Gym's old interface."""
+
+    def step(self, action):
+        return super().step(action)[:4]
+
+
+def test_a_step_of_four_values_is_named(make):
+    env = make(Four)
+    env.reset()
+    with pytest.raises(EnvError, match=r"lane 0, step 1: returned 4 values; return obs, reward, terminated, trunc"):
+        env.step(torch.zeros(1, dtype=torch.int64))
+
+
 def test_fault_in_a_later_lane_names_it(make):
     made = iter([Counter(), Counter("raise"), Counter()])
     env = make(lambda: next(made), 3)
