@@ -163,7 +163,7 @@ def test_overhead(tmp_path: Path) -> None:
 def check_rates(found: dict[str, list[dict[str, Any]]]) -> None:
     for (each,) in found.values():
         assert each["steps_per_second"] == pytest.approx(each["steps"] / each["seconds"])
-        assert 0 < each["cores_busy"] <= 1.5  # of one core; a smoke's few rows of metrics round it
+        assert 0 < each["cores_busy"] <= 1.1
 
 
 @pytest.mark.slow

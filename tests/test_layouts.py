@@ -329,7 +329,7 @@ def test_ctrl_c_while_processes_run(tmp_path: Path) -> None:
     time.sleep(1)
     began |= descendants(run.pid)
     run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=120)
+    _, said = run.communicate(timeout=60)
     assert (run.returncode, said) == (130, "")
     while any(Path(f"/proc/{process}").exists() for process in began) and time.monotonic() < latest:
         time.sleep(0.1)

@@ -26,8 +26,6 @@ from rookery.envs.native import start_of
 __all__ = ["Block", "Field", "LaneError", "Maker", "arrays", "fields", "make_envs", "paths", "serve", "size"]
 
 ALIGN = 64  # bytes; a cache line, so that two workers never write the same one at an array's start
-
-
 RESET, STEP = ("obs", "info"), ("obs", "reward", "terminated", "truncated", "info")  # what Gymnasium's calls return
 
 

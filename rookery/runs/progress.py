@@ -165,12 +165,13 @@ class Progress:
         if measured.get("processes", 1) == 1:
             return []
         shares = {name: value for name, value in self._runtime.items() if isinstance(value, float)}
-        busy = [f"{name[:-5]} {value:.0%}" for name, value in shares.items() if name.endswith("_busy")]
-        if not any(value for name, value in shares.items() if name.endswith("_busy")):
+        busy = {name[:-5]: value for name, value in shares.items() if name.endswith("_busy")}
+        if not any(busy.values()):
             return []  # nobody has told of any work yet
         fill = [f"{name[:-5]} {value:.0%} full" for name, value in shares.items() if name.endswith("_fill")]
         lag = [f"lag {self._learner['policy_lag']:.1f}"] if "policy_lag" in self._learner else []
-        return ["busy: " + ", ".join(busy), *fill, *lag, f"limit: {measured['bottleneck']['limit']}"]
+        named = ", ".join(f"{name} {value:.0%}" for name, value in busy.items())
+        return [f"busy: {named}", *fill, *lag, f"limit: {measured['bottleneck']['limit']}"]
 
     def _deaths(self) -> list[str]:
         """How often roles were started again, and how many units of work were lost by that."""
