@@ -13,6 +13,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rookery.interrupts import heed
+
 if TYPE_CHECKING:
     from rookery.run import Run
 
@@ -163,6 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else list(arguments)
     if arguments is None:
         warnings.formatwarning = lambda message, *_, **__: f"rookery: {message}\n"
+        heed()
     traceback = "--traceback" in words
     verb, *rest = [word for word in words if word != "--traceback"] or ["help"]
     if verb in ("help", "-h", "--help"):

@@ -19,6 +19,7 @@ import torch
 from rookery.algorithms.base import Algorithm, Network
 from rookery.envs.make import pick
 from rookery.envs.vector import VectorEnv
+from rookery.interrupts import raise_if_heard
 from rookery.layouts import fastest, rows, shown
 from rookery.learner import NonFinite, non_finite
 from rookery.run import Run, build, layout, load, threads
@@ -80,6 +81,7 @@ def train(
         ValueError: for unknown names and combinations that cannot work, before anything is built.
     """
     leave_if_imported()
+    raise_if_heard()
     name, algorithm, options = resolve(system, env, settings)
     if options.layout == "auto" and isinstance(env, str):  # one backend for all, whichever suits the lanes as given
         env = pick(env, options.envs, device_of(options.device), options.compile)
@@ -100,7 +102,7 @@ def train(
     run.folder.write_config(config)
     try:
         return execute(run, name, options, quiet=quiet)
-    except (ClusterError, RunFolderError):
+    except (ClusterError, RunFolderError, KeyboardInterrupt):
         if not run.checkpoints.steps():  # nothing was begun: the folder is free for another attempt
             shutil.rmtree(run.path, ignore_errors=True)
         raise
@@ -165,6 +167,7 @@ def execute(
     graph = system.module.wire(setting_of(run, options), options.seed, **layout(system, run.algorithm, options))
     try:
         with threads(options.threads), Keeper(run, options, quiet, saved) as keeper:
+            raise_if_heard()
             make = make_runtime or partial(_runtime, run.path, options, keeper.step)
             runtime = make(keeper.report)
             keeper.measured = runtime.measured

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from rookery.interrupts import raise_if_heard
 from rookery.run import layout, threads
 from rookery.runs.account import account, since
 from rookery.runtimes.inline import Inline
@@ -101,6 +102,7 @@ class Stopwatch:
 
     def between(self, steps: int, _snapshot: Any) -> bool:
         """After each round of a runtime."""
+        raise_if_heard()
         now, before, self._steps = time.monotonic(), self._steps, steps
         if now > self._latest:
             raise TimeoutError(f"it could not be measured within {PATIENCE:g} s")

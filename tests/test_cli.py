@@ -413,3 +413,23 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert "Traceback" not in process.stderr.read()
     process.stderr.close()
     assert process.wait(60) == 0
+
+
+DEAF = """
+import gymnasium, os, signal
+def make():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000): pass
+    except BaseException:  # as libraries do while they are imported
+        pass
+    return gymnasium.make("CartPole-v1")
+"""
+
+
+def test_a_library_that_swallows_ctrl_c_does_not_hinder_the_run_from_ending(tmp_path: Path) -> None:
+    (tmp_path / "deaf.py").write_text(DEAF)
+    command = [sys.executable, "-m", "rookery.cli", "train", "ppo", "deaf:make", *TINY, "--quiet", "--run-dir", "run"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stderr) == (130, "")
+    assert not (tmp_path / "run").exists()

@@ -39,7 +39,6 @@ class Host:
         self.node, self.name, self.total = node, name, total
         self.taken: Counter[str] = Counter()
         self.lost_at = -SHUN  # when a role was last lost there
-        self.leaves = False  # whether it is about to leave the cluster
 
     def has(self, *needs: Needs) -> bool:
         """Whether there is room for all of these."""
@@ -47,11 +46,12 @@ class Host:
         for each in needs:
             wanted.update(each)
         left = {name: self.total.get(name, 0.0) - self.taken[name] for name in wanted}
-        return self.trusted and all(left[name] + SMALL >= amount for name, amount in wanted.items())
+        return all(left[name] + SMALL >= amount for name, amount in wanted.items())
 
     @property
     def trusted(self) -> bool:
-        return not self.leaves and time.monotonic() - self.lost_at >= SHUN
+        """Whether no role was lost there of late."""
+        return time.monotonic() - self.lost_at >= SHUN
 
     @property
     def load(self) -> float:
@@ -123,8 +123,6 @@ class Cluster:
             for node in self._nodes
             if node["Alive"] or node["NodeID"] == self._here
         }
-        for host in self.hosts.values():
-            host.leaves = host.node in self.leaving
 
     @property
     def headless(self) -> bool:
@@ -147,13 +145,14 @@ class Cluster:
 
         Args:
             staying: needs of those that have to be here, for which room is left.
-            stays: whether this is one of them.
+            stays: whether this is one of them: while this host is there, it is there.
         """
         here = self.here
         if stays:
             return here if here.has(needs) else None
         hosts = [here] if self.headless else self.hosts.values()  # to start elsewhere would wait for the head
-        free = [host for host in hosts if host.has(needs, *(staying if host is here else ()))]
+        stay = [host for host in hosts if host.trusted and host.node not in self.leaving]
+        free = [host for host in stay if host.has(needs, *(staying if host is here else ()))]
         if self.placement == "pack":
             return min(free, key=lambda host: (host is not here, -host.load, host.name), default=None)
         return min(free, key=lambda host: (host.load, host is not here, host.name), default=None)

@@ -152,8 +152,10 @@ class Local:
             for member in sorted(self.members, key=lambda member: member.spec.anew):  # others can do without those
                 self._start(member)
             self._since = time.perf_counter()
+            self._arrange()
             while not between(self.steps, self.snapshot) and not self._ended():
                 self._turn()
+                self._arrange()
             return self.snapshot()
         except RoleError as error:
             error.state = self._rescued()
@@ -165,6 +167,9 @@ class Local:
             if self.arrivals is not None:
                 self.arrivals.close()
             self.members, self._queue, self.words, self._boxes = [], [], {}, {}  # which frees the shared memory
+
+    def _arrange(self) -> None:
+        """Between turns: move roles that are to go on elsewhere; here there is no elsewhere."""
 
     def _prepare(self, graph: Graph) -> None:
         # One process imports what roles need, and each role is a fork of it: 10 ms instead of 1.5 s.

@@ -204,26 +204,19 @@ class Ray(Local):
         self._together = any(spec.options.get("once") for spec in graph.words.values())
         with self.cluster.joined(sum(self._of(spec).get("CPU", 0.0) for spec in graph.roles)):
             self.cluster.check(asked, self._together)
-            return super().run(graph, self._moving(between), saved)
+            return super().run(graph, between, saved)
 
-    def _moving(self, between: Callable[[int, Callable[[], State]], bool]) -> Callable[..., bool]:
-        """The same, before which roles leave the hosts that are about to leave."""
-
-        def moved_and_between(steps: int, snapshot: Callable[[], State]) -> bool:
-            if self.cluster.leaving:
-                self._leave()
-            return between(self.steps, snapshot)  # those who moved may have finished what they were at
-
-        return moved_and_between
-
-    def _leave(self) -> None:
+    def _arrange(self) -> None:
+        """Roles leave the hosts that are about to leave."""
+        if not (leaving := self.cluster.leaving):
+            return
         self.cluster.look()
         here = self.cluster.here
-        if here.leaves and not self._warned:
+        if here.node in leaving and not self._warned:
             self._warned = True
             log.warning(LEAVING)
         at = ((member, self._at.get(id(member))) for member in self.members if not member.over)
-        if moving := [member for member, host in at if host not in (None, here) and host.leaves]:
+        if moving := [member for member, host in at if host not in (None, here) and host.node in leaving]:
             self._move(moving)
 
     # Places.

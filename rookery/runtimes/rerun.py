@@ -104,9 +104,7 @@ class Rerun(Local):
         self, graph: Graph, between: Callable[[int, Callable[[], State]], bool], saved: State | None = None
     ) -> State:
         def stops(steps: int, snapshot: Callable[[], State]) -> bool:
-            if moved := self.record.moved():
-                self._move([self.members[number] for number in moved])
-            stop = between(self.steps, snapshot) or self.record.next in (None, PAUSE)
+            stop = between(steps, snapshot) or self.record.next in (None, PAUSE)
             return stop or (self.taken_at is not None and self.taken_at == self.resumed_at)
 
         self.heard = dict.fromkeys(range(len(graph.roles)), 0)
@@ -114,6 +112,10 @@ class Rerun(Local):
             return super().run(graph, stops, saved)
         except Reached as reached:
             return reached.state
+
+    def _arrange(self) -> None:
+        if moved := self.record.moved():
+            self._move([self.members[number] for number in moved])
 
     def snapshot(self) -> State:
         """The state as it was taken then; elsewhere, as everything stands."""

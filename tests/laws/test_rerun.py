@@ -87,18 +87,14 @@ def test_deaths_are_repeated(system: str, victim: str, tmp_path: Path, monkeypat
 @pytest.fixture
 def moves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of roles that are begun elsewhere at step 150 of a run."""
-    run, names, moved = Local.run, [], []
+    names, moved = [], []
 
-    def moving(runtime: Local, graph: Any, between: Any, saved: Any = None) -> Any:
-        def moved_and_between(steps: int, snapshot: Any) -> bool:
-            if type(runtime) is Local and steps >= 150 and names and not moved:
-                moved.extend(member for member in runtime.members if member.spec.name in names)
-                runtime._move(moved)
-            return bool(between(runtime.steps, snapshot))
+    def arrange(runtime: Local) -> None:
+        if runtime.steps >= 150 and names and not moved:
+            moved.extend(member for member in runtime.members if member.spec.name in names)
+            runtime._move(moved)
 
-        return run(runtime, graph, moved_and_between, saved)
-
-    monkeypatch.setattr(Local, "run", moving)
+    monkeypatch.setattr(Local, "_arrange", arrange)
     return names
 
 

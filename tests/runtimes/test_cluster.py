@@ -88,6 +88,13 @@ def test_nothing_begins_on_a_host_that_is_about_to_leave() -> None:
     assert placed(where, 2) == "0-"
 
 
+def test_who_has_to_be_here_begins_here_again_while_this_host_is_about_to_leave() -> None:
+    where = cluster(1, 0)
+    where.leaving = {"0"}
+    assert where.place(CORE) is None
+    assert where.place(CORE, stays=True) is where.here
+
+
 def test_while_the_head_is_lost_there_is_only_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
     where = cluster(1, 4)
     where._looked_at -= clusters.PATIENCE
