@@ -14,7 +14,7 @@ from rookery.algorithms.base import Algorithm, Batch, Loss, Now, OnPolicy, Part,
 from rookery.data.plan import PER_SAMPLE
 from rookery.nn.compiled import compiled, precision
 
-__all__ = ["Gradient", "Lags", "Learner", "NonFinite", "minibatches", "non_finite"]
+__all__ = ["Gradient", "Lags", "Learner", "NonFinite", "minibatches", "non_finite", "part_of"]
 
 
 class NonFinite(RuntimeError):
@@ -172,12 +172,17 @@ class Learner:
             began = time.perf_counter()
             if loss.priorities is not None:
                 priorities.append(loss.priorities.clone())
+        self.conclude(data, steps, priorities)
+        self.seconds["learning"] += time.perf_counter() - began
+
+    def conclude(self, data: Batch, steps: int, priorities: list[Tensor]) -> Tensor | None:
+        """After a batch's last step: count it, and let running statistics see it; gives the samples' priorities."""
         with torch.no_grad():
             self.algorithm.finish(self.net, data)
         self.steps = steps
         self.version += 1
         self.priorities = torch.cat(priorities) if priorities else None
-        self.seconds["learning"] += time.perf_counter() - began
+        return self.priorities
 
     def anneal(self) -> None:
         """Set what changes over the run to where it stands."""
@@ -263,6 +268,17 @@ class Learner:
             self._move_target()
         self.steps = steps
 
+    def whole(self) -> dict[str, Any]:
+        """A copy of the weights and of the target network's, for another learner to `join`."""
+        return {"net": self.values(), **({"target": self._target_flat.snapshot()} if self._target_flat else {})}
+
+    def join(self, updates: int, whole: dict[str, Any], steps: int) -> None:
+        """Be where another learner is after so many updates and steps, wherever this one was."""
+        self.flat.restore(whole["net"])
+        if self._target_flat is not None:
+            self._target_flat.restore(whole["target"])
+        self.updates, self.steps = updates, steps
+
     def _first_non_finite(self, loss: Loss, minibatch: Batch) -> str:
         """Which tensor a NaN was first in, in order of the computation: weights, data, metrics, gradients.
 
@@ -316,10 +332,8 @@ def minibatches(plan: OnPolicy | ReplayPlan, data: Batch, generator: torch.Gener
     as the plan says, in the order they were drawn.
     """
     if isinstance(plan, ReplayPlan):
-        axis = 1 if plan.sequence else 0
-        for start in range(0, data["reward"].shape[axis], plan.batch):
-            along = {name: 0 if name in PER_SAMPLE else axis for name in data}
-            yield {name: _narrow(value, along[name], start, plan.batch) for name, value in data.items()}
+        for start in range(0, len(data["weight"]), plan.batch):
+            yield part_of(plan, data, start, plan.batch)
         return
     state, rows = data.pop("state"), data
     if not plan.sequences:
@@ -346,6 +360,12 @@ def _take(value: Any, order: Tensor, axis: int) -> Any:
     if axis == 0 and value.ndim > 2:
         return value.flatten(1).index_select(0, order).view(-1, *value.shape[1:])
     return value.index_select(axis, order)
+
+
+def part_of(plan: ReplayPlan, samples: Batch, start: int, size: int) -> Batch:
+    """So many samples from there on, or as many as there are, as views."""
+    axes = {name: 0 if not plan.sequence or name in PER_SAMPLE else 1 for name in samples}
+    return {name: _narrow(value, axes[name], start, size) for name, value in samples.items()}
 
 
 def _narrow(value: Any, axis: int, start: int, size: int) -> Any:

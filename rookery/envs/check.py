@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -125,7 +126,11 @@ def check_env(
         if not check.failed.keys() & INCOMPARABLE:
             short = _limited(env, lanes, seed, options)
             check.replays(short)
-        check.drawing()
+        check.drawing(
+            partial(make_env, env, 1, seed=seed, **options, render=True)
+            if isinstance(env, str) or callable(env)
+            else None
+        )
     finally:
         check.closing()
         if short is not None:
@@ -229,7 +234,7 @@ class _Check:
             found.append(Finding(rule, rule not in self.failed, skipped, self.failed.get(rule, demand)))
         return found
 
-    @contextmanager
+    @contextlib.contextmanager
     def guarded(self, rule: str) -> Iterator[None]:
         try:
             yield
@@ -388,9 +393,12 @@ class _Check:
 
     # --- the rest ---------------------------------------------------------------------------------------------------
 
-    def drawing(self) -> None:
+    def drawing(self, make: Callable[[], VectorEnv] | None) -> None:
+        """Draw, by a copy that is built for it if that can be."""
         try:
-            picture = self.env.render()
+            with contextlib.nullcontext(self.env) if make is None else contextlib.closing(make()) as env:
+                env.reset()
+                picture = env.render()
         except Exception as error:  # not every environment can draw
             self.skipped["render"] = str(error).splitlines()[0] if str(error) else type(error).__name__
             return

@@ -61,6 +61,7 @@ class Progress:
         self._live = self._open() if not quiet and self._stream.isatty() and os.environ.get("TERM") != "dumb" else None
         self._every = REDRAW if self._live else LINE
         self._due = float("inf") if quiet else now + self._every
+        self._news = True  # since the last line
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Take a row of metrics: `step`, `role`, `index` and values."""
@@ -76,6 +77,7 @@ class Progress:
         elif role == RUNTIME and "restarted" in row:
             self._restarts, self._lost = self._restarts + 1, self._lost + row["dropped"]
         self._returns.take(row)
+        self._news = True
         now = time.monotonic()
         if now >= self._due:
             self._due = now + self._every
@@ -83,7 +85,7 @@ class Progress:
 
     def close(self) -> None:
         """Show the final state and give the terminal back; harmless when called twice."""
-        if self._due != float("inf"):
+        if self._due != float("inf") and self._news:
             self._show(time.monotonic())
         self._due = float("inf")
         if self._live is not None:
@@ -106,6 +108,7 @@ class Progress:
             self._due = float("inf")  # the reader has gone away (`| head`); the run goes on unseen
 
     def _draw(self, now: float) -> None:
+        self._news = False
         self._times.append((now, self.step))
         while len(self._times) > 2 and now - self._times[1][0] > WINDOW:
             self._times.popleft()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Watched", "watch"]
 
 EVERY = 1.0  # seconds between two looks at the folder
+WINDOW = 10.0  # seconds over which steps/s is measured
 WIDE, NARROW = 30, 32  # characters of a role and of a word
 STYLES = {
     "environment": "green",
@@ -48,6 +49,7 @@ class Watched:
         self._learner: Mapping[str, Any] = {}
         self._evaluation: Mapping[str, Any] = {}
         self._returns = LastReturns()
+        self._pace: deque[tuple[float, int]] = deque([(0.0, 0)])  # seconds and steps
         self._tail = Tail(folder.metrics)
 
     def look(self) -> None:
@@ -63,12 +65,21 @@ class Watched:
                 self._take(row)
             elif row.get("role") == "learner" and row.get("index") == 0:
                 self._learner = row
+                self._follow(row)
             elif row.get("role") == "evaluator":
                 self._evaluation = row
             self._returns.take(row)
         self.ended = self.folder.ended
         if self.ended and "flows" in (summary := self.folder.read_summary()):
             self.found = condensed(summary)
+
+    def _follow(self, row: Mapping[str, Any]) -> None:
+        """Keep the last seconds of a learner's rows; it may have died, and gone back."""
+        if row["step"] < self._pace[-1][1]:
+            self._pace.clear()
+        self._pace.append((row.get("seconds", 0.0), row["step"]))
+        while self._pace[-1][0] - self._pace[0][0] > WINDOW and len(self._pace) > 2:
+            self._pace.popleft()
 
     def _take(self, row: Mapping[str, Any]) -> None:
         """A row of the runtime: of a death, of a place, or what was measured since the row before."""
@@ -100,8 +111,8 @@ class Watched:
         """How far it has come, how fast it is and how good, in a line."""
         budget = self.config.get("options", {}).get("steps")
         parts = [f"{self.step:,}/{budget:,} steps" if budget else f"{self.step:,} steps"]
-        rate = self._learner.get("steps_per_second")
-        parts += [f"{rate:,.0f} steps/s"] if rate and not self.ended else []
+        (before, least), (now, step) = self._pace[0], self._pace[-1]
+        parts += [f"{(step - least) / (now - before):,.0f} steps/s"] if now > before and not self.ended else []
         parts += [str(self._returns)] if self._returns.episodes else []
         evaluated, lag = self._evaluation.get("eval_return_mean"), self._learner.get("policy_lag")
         parts += [f"evaluation {evaluated:.1f}"] if evaluated is not None else []

@@ -217,7 +217,9 @@ class InlineReplay:
         self._free.append(slot)
 
     async def sample(self, count: int, most: int = 1, **how: Any) -> Any:
-        return (await self.draw(count, most, **how))[1]
+        self.limiter.unlearnt = 0  # who asks has done its work with what it had
+        self.limiter.unlearnt, samples = await self.draw(count, most, **how)
+        return samples
 
     async def draw(self, count: int, most: int, **how: Any) -> tuple[int, Any]:
         """`sample`, with how many they are."""

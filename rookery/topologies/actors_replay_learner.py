@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,8 +20,9 @@ from rookery.algorithms.base import Algorithm
 from rookery.data.replay import ReplayBuffer
 from rookery.learner import Learner
 from rookery.runtimes.words import Calls, Graph, Replay, Role, Weights
-from rookery.topologies import shared_policy
+from rookery.topologies import shared_policy, sharers
 from rookery.topologies.actors_learner import evaluator
+from rookery.topologies.replicas import Leader
 from rookery.topologies.setting import Setting, crosses
 
 __all__ = ["MakeStore", "actor", "check", "learner", "wire"]
@@ -79,17 +81,22 @@ async def actor(
         collector.close()
 
 
-async def learner(role: Role, setting: Setting, weights: Weights, replay: Replay) -> None:
-    """Update as often as the plan says for each step that was stored."""
-    net, plan = setting.make_net(), setting.replay_plan
-    learner = role.keep(Learner(setting.algorithm, net, setting.total_steps, role.seed, **setting.means))
+async def learner(role: Role, setting: Setting, weights: Weights, replay: Replay, **team: Any) -> None:
+    """Update as often as the plan says for each step that was stored; with a team by its gradients."""
+    plan, kind = setting.replay_plan, Leader if team else Learner
+    learner = role.keep(kind(setting.algorithm, setting.make_net(), setting.total_steps, role.seed, **setting.means))
     role.advance(replay.inserts)
     weights.publish(learner.version, learner.values(), learner.steps)
     while learner.steps < setting.total_steps:
         beta = plan.beta + (1 - plan.beta) * learner.steps / setting.total_steps
         samples = await replay.sample(plan.batch, plan.updates(setting.lanes), beta=beta)
         before, steps = learner.steps, replay.inserts
-        priorities = learner.update({name: value.to(learner.device) for name, value in samples.items()}, steps)
+        batch = {name: value.to(learner.device) for name, value in samples.items()}
+        if isinstance(learner, Leader):
+            with role.unit():
+                priorities = await sharers.update(learner, batch, steps, **team)
+        else:
+            priorities = learner.update(batch, steps)
         if priorities is not None:
             replay.prioritise(samples["index"], priorities)
         weights.publish(learner.version, learner.values(), learner.steps)
@@ -97,13 +104,21 @@ async def learner(role: Role, setting: Setting, weights: Weights, replay: Replay
             role.report(steps, learner.metrics())
 
 
-def check(algorithm: Algorithm, lanes: int, actors: int, inference: str, double_buffer: bool) -> None:
-    """Refuse lanes that cannot be halved, or need not be."""
+def check(algorithm: Algorithm, lanes: int, actors: int, learners: int, inference: str, double_buffer: bool) -> None:
+    """Refuse lanes that cannot be halved, or need not be, and batches that learners cannot share."""
     shared_policy.check(lanes, inference, double_buffer)
+    sharers.check(algorithm, learners)
 
 
-def wire(setting: Setting, seed: int, actors: int = 1, inference: str = "own", double_buffer: bool = False) -> Graph:
-    """The whole topology."""
+def wire(
+    setting: Setting,
+    seed: int,
+    actors: int = 1,
+    learners: int = 1,
+    inference: str = "own",
+    double_buffer: bool = False,
+) -> Graph:
+    """The whole topology; several learners share each batch."""
     graph, plan = Graph(seed), setting.replay_plan
     weights = graph.word("weights", "weights")
     replay = graph.word(
@@ -120,7 +135,8 @@ def wire(setting: Setting, seed: int, actors: int = 1, inference: str = "own", d
     policy = shared_policy.wire(graph, setting, actors, weights, inference, double_buffer)
     for index in range(actors):
         graph.role(actor, index, anew=True, setting=setting, actors=actors, weights=weights, replay=replay, **policy)
-    graph.role(learner, setting=setting, weights=weights, replay=replay, ends_run=True)
+    team = sharers.wire(graph, setting, learners)
+    graph.role(learner, setting=setting, weights=weights, replay=replay, ends_run=True, **team)
     if setting.eval_every:
         graph.role(evaluator, setting=setting, weights=weights)
     return graph

@@ -33,6 +33,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "apex": {"actors": 2, "inference": "shared", "double_buffer": True},
     "gorila": {"actors": 2, "shards": 2},
     "sac": {},
+    "dqn": {"actors": 2, "learners": 2, "alpha": 0.6},
 }
 
 

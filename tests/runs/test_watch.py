@@ -73,10 +73,11 @@ def test_a_run_that_goes_on_is_shown_as_it_stands(tmp_path: Path) -> None:
     run = ran(tmp_path, replay(), ended=False)
     log = MetricsLog(run / "metrics.jsonl")
     log.append({"step": 40, "role": "actor", "index": 0, "episode_return": 20.0})
-    lag = {"policy_lag": 1.5, "policy_lag_max": 3, "steps_per_second": 1234.5}
-    log.append({"step": 50, "role": "learner", "index": 0, **lag})
+    lag = {"policy_lag": 1.5, "policy_lag_max": 3, "steps_per_second": 1.0}
+    for seconds, step in ((1.0, 10), (1.01, 30), (11.01, 50)):
+        log.append({"step": step, "role": "learner", "index": 0, "seconds": seconds, **lag})
     status = frame(run, once=True).splitlines()[1]
-    assert status == "50/100 steps  1,234 steps/s  return 20.0 (last 1 episodes)  policy lag 1.5, at most 3"
+    assert status == "50/100 steps  2 steps/s  return 20.0 (last 1 episodes)  policy lag 1.5, at most 3"
 
 
 def test_a_run_that_has_measured_nothing(tmp_path: Path) -> None:

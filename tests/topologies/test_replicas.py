@@ -69,7 +69,6 @@ def test_ppo_steps_once_a_minibatch(trained: Callable[..., rookery.Run]) -> None
         ({"learners": 3, "actors": 4}, "actors=4 evenly; use actors=6"),
         ({"learners": 2, "actors": 2, "target_kl": 0.02, "system": "ppo"}, "target_kl=0.02 with learners=2"),
         ({"learners": 2, "actors": 2, "unrolls": 3, "system": "impala"}, "unrolls=3 evenly; use unrolls=4"),
-        ({"learners": 2, "actors": 2, "system": "dqn"}, "learners=2: dqn runs as actors_replay_learner"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(tmp_path: Path, settings: dict[str, Any], sentence: str) -> None:
