@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rookery.algorithms.base import Algorithm, Batch, Refused, ReplayPlan
-from rookery.learner import Learner, minibatches, part_of
+from rookery.learner import Gradient, Learner, minibatches, part_of
 from rookery.runtimes.boxes import Parcel
 from rookery.runtimes.words import Graph, Queue, Role, Weights, WordSpec
 from rookery.topologies.replicas import Leader, pooled
@@ -32,25 +32,19 @@ async def replica(
     learner = role.keep(Learner(setting.algorithm, setting.make_net(), setting.total_steps, role.seed, **setting.means))
     while True:
         (order,) = await orders.get(1)
-        version, values, steps = await parameters.latest()
-        if version == int(order.content["update"]):  # else it is of a learner that has died since
-            learner.join(version - 1, values, steps)
-            samples = {name: value.to(learner.device) for name, value in order.content["samples"].items()}
-            gradient = next(learner.gradients(samples, steps))
-            share = {
-                "gradient": learner.flat.gradients,
-                "metrics": gradient.loss.metrics,
-                "priorities": samples["weight"] if gradient.loss.priorities is None else gradient.loss.priorities,
-                "rows": torch.tensor(len(samples["weight"])),
-                "update": torch.tensor(version),
-                "index": samples["index"],
-                "replica": torch.tensor(role.index),
-            }
-            moved = sum(1 << place for place, name in enumerate(learner.parts) if name in gradient.moves)
-            parcel = await gradients.slot(partial(Parcel, share), moved * replicas + role.index)  # metrics differ
-            parcel.fill(share)
-            gradients.put(parcel)
-        orders.release([order])
+        with role.unit():
+            version, values, steps = await parameters.latest()
+            if version == int(order.content["update"]):  # else it is of a learner that has died since
+                learner.join(version - 1, values, steps)
+                samples = {name: value.to(learner.device) for name, value in order.content["samples"].items()}
+                gradient = next(learner.gradients(samples, steps))
+                own = {"update": torch.tensor(version), "replica": torch.tensor(role.index)}
+                share = {**own, **share_of(learner, gradient, samples)}
+                moved = sum(1 << place for place, name in enumerate(learner.parts) if name in gradient.moves)
+                parcel = await gradients.slot(partial(Parcel, share), moved * replicas + role.index)  # metrics differ
+                parcel.fill(share)
+                gradients.put(parcel)
+            orders.release([order])
 
 
 async def update(
@@ -75,6 +69,18 @@ async def update(
         priorities += [content["priorities"].clone() for content in found]
         gradients.release(parcels)
     return learner.conclude(samples, steps, priorities if plan.alpha else [])
+
+
+def share_of(learner: Learner, gradient: Gradient, samples: Batch) -> Batch:
+    """What a replica hands on: its gradient, what came with it, and which samples it is of."""
+    priorities = gradient.loss.priorities
+    return {
+        "gradient": learner.flat.gradients,
+        "metrics": gradient.loss.metrics,
+        "priorities": samples["weight"] if priorities is None else priorities,
+        "index": samples["index"],
+        "rows": torch.tensor(len(samples["weight"])),  # that the gradient is the mean over
+    }
 
 
 async def gathered(learner: Leader, indexes: list[torch.Tensor], gradients: Queue) -> list[Parcel]:
