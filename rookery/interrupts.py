@@ -11,8 +11,9 @@ _heard = False
 
 
 def heed() -> None:
-    """From now on Ctrl-C is remembered beside what it does: raising `KeyboardInterrupt`."""
-    signal.signal(signal.SIGINT, _hear)
+    """From now on Ctrl-C is remembered beside what it does: raising `KeyboardInterrupt`, unless it does nothing."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _hear)
 
 
 def raise_if_heard() -> None:

@@ -272,7 +272,7 @@ class Learner:
         """A copy of the weights and of the target network's, for another learner to `join`."""
         return {"net": self.values(), **({"target": self._target_flat.snapshot()} if self._target_flat else {})}
 
-    def join(self, updates: int, whole: dict[str, Any], steps: int) -> None:
+    def join(self, updates: int, steps: int, whole: dict[str, Any]) -> None:
         """Be where another learner is after so many updates and steps, wherever this one was."""
         self.flat.restore(whole["net"])
         if self._target_flat is not None:

@@ -290,13 +290,13 @@ def test_no_episodes(episodes: int, say: Any, trained: list[Path]) -> None:
 
 @pytest.mark.parametrize("verb", ["eval", "resume", "video", "watch", "plot"])
 def test_no_run_there(verb: str, say: Any, tmp_path: Path) -> None:
-    assert str(tmp_path) in refused(say(verb, tmp_path))
-    assert "nowhere" in refused(say(verb, tmp_path / "nowhere"))
+    assert str(tmp_path) in refused(say(verb, tmp_path), 1)
+    assert "nowhere" in refused(say(verb, tmp_path / "nowhere"), 1)
 
 
 def test_a_folder_that_holds_a_run(say: Any, trained: list[Path]) -> None:
     said = say("train", "ppo", "tensor:CartPole-v1", *TINY, "--run-dir", trained[0])
-    assert f"already holds a run; continue it with `rookery resume {trained[0]}`" in refused(said)
+    assert f"already holds a run; continue it with `rookery resume {trained[0]}`" in refused(said, 1)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "pickle"])
@@ -327,7 +327,7 @@ def test_a_config_that_was_tampered_with(say: Any, trained: list[Path], tmp_path
     config = json.loads((path / "config.json").read_text())
     config["options"]["stepps"] = 3
     (path / "config.json").write_text(json.dumps(config))
-    assert "stepps: no setting of Options; nearest: steps" in refused(say("eval", path))
+    assert "stepps: no setting of Options; nearest: steps" in refused(say("eval", path), 1)
 
 
 def test_traceback_is_there_for_who_wants_it(say: Any, tmp_path: Path) -> None:

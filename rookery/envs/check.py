@@ -7,7 +7,6 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -126,11 +125,7 @@ def check_env(
         if not check.failed.keys() & INCOMPARABLE:
             short = _limited(env, lanes, seed, options)
             check.replays(short)
-        check.drawing(
-            partial(make_env, env, 1, seed=seed, **options, render=True)
-            if isinstance(env, str) or callable(env)
-            else None
-        )
+        check.drawing(env, **{**options, "render": True})
     finally:
         check.closing()
         if short is not None:
@@ -393,10 +388,15 @@ class _Check:
 
     # --- the rest ---------------------------------------------------------------------------------------------------
 
-    def drawing(self, make: Callable[[], VectorEnv] | None) -> None:
-        """Draw, by a copy that is built for it if that can be."""
+    def drawing(self, made_of: Any, **options: Any) -> None:
+        """Draw, by a copy that is built for it, where it is known how one is made."""
+        known = isinstance(made_of, str) or callable(made_of)
         try:
-            with contextlib.nullcontext(self.env) if make is None else contextlib.closing(make()) as env:
+            with (
+                contextlib.closing(make_env(made_of, 1, **options))
+                if known
+                else contextlib.nullcontext(self.env) as env
+            ):
                 env.reset()
                 picture = env.render()
         except Exception as error:  # not every environment can draw

@@ -237,10 +237,8 @@ def _decoder(space: spaces.Space, index: Iterator[int], rows: dict[str, np.ndarr
 
 def make_envs(maker: Maker, lanes: range, render: bool, at: np.ndarray) -> list[gymnasium.Env]:
     """Make a copy for each of `lanes`, lane 0's able to draw if `render`; `at[0]` tells which is being made."""
-    if render:
-        os.environ.setdefault(
-            "SDL_VIDEODRIVER", "dummy"
-        )  # it draws into arrays: no window, no word about a missing one
+    if render:  # into arrays: SDL needs no window, and says nothing of a missing one
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     envs = []
     for lane in lanes:
         at[0] = lane

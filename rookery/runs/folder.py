@@ -19,7 +19,7 @@ CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
 PACKAGES = ("rookery", "torch", "numpy", "tensordict", "gymnasium", "envpool", "ale-py", "mujoco", "pettingzoo", "ray")
 
 
-class RunFolderError(ValueError):
+class RunFolderError(RuntimeError):
     """A folder cannot hold a new run, or is not one; says which and what to do."""
 
 

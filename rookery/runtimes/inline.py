@@ -345,7 +345,7 @@ class InlineRole:
         self.within = False
 
     async def boundary(self) -> None:
-        await until(lambda: self.name not in self._runtime.within, "the end of units that its like are within", "units")
+        await until(lambda: not self._runtime.within, "the end of units that others are within", "units")
 
     def keep(self, part: Part) -> Part:
         if self._part is not None:

@@ -115,7 +115,7 @@ class Role(Protocol):
         """While a role is within, the run's state is not taken: what is done there is done whole."""
 
     async def boundary(self) -> None:
-        """Before work that has a unit in which others have turns: wait until the roles of this name are in none.
+        """Before work that has a unit in which others have turns: wait until no role is in one.
 
         So the run's state can be taken, however many there are and whenever they began.
         """

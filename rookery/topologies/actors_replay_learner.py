@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,9 +19,9 @@ from rookery.algorithms.base import Algorithm
 from rookery.data.replay import ReplayBuffer
 from rookery.learner import Learner
 from rookery.runtimes.words import Calls, Graph, Replay, Role, Weights
-from rookery.topologies import shared_policy, sharers
+from rookery.topologies import replay_replicas, shared_policy
 from rookery.topologies.actors_learner import evaluator
-from rookery.topologies.replicas import Leader
+from rookery.topologies.replay_replicas import Team
 from rookery.topologies.setting import Setting, crosses
 
 __all__ = ["MakeStore", "actor", "check", "learner", "wire"]
@@ -81,22 +80,26 @@ async def actor(
         collector.close()
 
 
-async def learner(role: Role, setting: Setting, weights: Weights, replay: Replay, **team: Any) -> None:
-    """Update as often as the plan says for each step that was stored; with a team by its gradients."""
-    plan, kind = setting.replay_plan, Leader if team else Learner
-    learner = role.keep(kind(setting.algorithm, setting.make_net(), setting.total_steps, role.seed, **setting.means))
+async def learner(
+    role: Role, setting: Setting, weights: Weights, replay: Replay, gradients: tuple[Calls, ...] = ()
+) -> None:
+    """Update as often as the plan says for each step that was stored, by replicas' gradients if there are any."""
+    net, plan, team = setting.make_net(), setting.replay_plan, Team(gradients) if gradients else None
+    learner = role.keep(Learner(setting.algorithm, net, setting.total_steps, role.seed, **setting.means))
     role.advance(replay.inserts)
     weights.publish(learner.version, learner.values(), learner.steps)
     while learner.steps < setting.total_steps:
         beta = plan.beta + (1 - plan.beta) * learner.steps / setting.total_steps
+        if team is not None:
+            await role.boundary()
         samples = await replay.sample(plan.batch, plan.updates(setting.lanes), beta=beta)
         before, steps = learner.steps, replay.inserts
         batch = {name: value.to(learner.device) for name, value in samples.items()}
-        if isinstance(learner, Leader):
-            with role.unit():
-                priorities = await sharers.update(learner, batch, steps, **team)
-        else:
+        if team is None:
             priorities = learner.update(batch, steps)
+        else:
+            with role.unit():
+                priorities = await team.update(learner, batch, steps)
         if priorities is not None:
             replay.prioritise(samples["index"], priorities)
         weights.publish(learner.version, learner.values(), learner.steps)
@@ -107,7 +110,7 @@ async def learner(role: Role, setting: Setting, weights: Weights, replay: Replay
 def check(algorithm: Algorithm, lanes: int, actors: int, learners: int, inference: str, double_buffer: bool) -> None:
     """Refuse lanes that cannot be halved, or need not be, and batches that learners cannot share."""
     shared_policy.check(lanes, inference, double_buffer)
-    sharers.check(algorithm, learners)
+    replay_replicas.check(algorithm, learners)
 
 
 def wire(
@@ -135,7 +138,7 @@ def wire(
     policy = shared_policy.wire(graph, setting, actors, weights, inference, double_buffer)
     for index in range(actors):
         graph.role(actor, index, anew=True, setting=setting, actors=actors, weights=weights, replay=replay, **policy)
-    team = sharers.wire(graph, setting, learners)
+    team = replay_replicas.wire(graph, setting, learners)
     graph.role(learner, setting=setting, weights=weights, replay=replay, ends_run=True, **team)
     if setting.eval_every:
         graph.role(evaluator, setting=setting, weights=weights)

@@ -177,6 +177,7 @@ def pooled(learner: Learner, shares: list[Values]) -> Gradient:
             part.add_(share["gradient"][name].to(part.device), alpha=weight)
         for name, value in share["metrics"].items():
             metrics[name] += weight * value
+    metrics = {name: value.to(learner.device) for name, value in metrics.items()}
     return Gradient(Loss(metrics["loss"], metrics), {}, learner.moves())
 
 

@@ -15,6 +15,7 @@ import rookery
 from rookery.data.plan import Refused
 from rookery.runs.metrics import read
 from rookery.runtimes.local import Local
+from rookery.train import Keeper
 
 RUN: dict[str, Any] = {"envs": 2, "unroll": 4, "steps": 600, "eval_every": 300, "eval_episodes": 2, "batch": 24}
 RUN |= {"updates_per_step": 0.25, "learning_starts": 50, "hidden": (16,), "sinks": (), "device": "cpu", "threads": 1}
@@ -98,6 +99,22 @@ def test_who_dies_is_replaced_and_nobody_learns_from_what_it_left(
     assert len(killed) == 3
     assert sum("restarted" in row for row in read(run.path / "metrics.jsonl")) == 3
     assert run.summary["steps"] >= 900
+    counts, limiter = learner_of(run)["counts"], run.checkpoints.latest()[1]["run"]["words"]["replay"]["counts"]
+    assert counts["updates"] * RUN["batch"] <= limiter["samples"]
+
+
+def test_an_inline_run_can_be_stopped_while_both_sides_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples are always owed: without a boundary somebody is within a unit whenever a round ends."""
+    between, stopped = Keeper.between, []
+
+    def stopping(keeper: Keeper, steps: int, snapshot: Callable[[], dict[str, Any]]) -> bool:
+        stopped.append(steps)
+        return between(keeper, steps, snapshot) or steps >= 300
+
+    monkeypatch.setattr(Keeper, "between", stopping)
+    train(tmp_path / "run", "apex", 2, actors=2)
+    assert len(stopped) > 20
+    assert stopped[-1] < 350
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
