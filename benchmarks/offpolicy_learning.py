@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
+import tempfile
 from typing import Any
 
 import common
 import numpy as np
-from common import RESULTS, begin, child, finish, machine, parser, table
+from common import RESULTS, begin, finish, machine, parser, table
+from kept import keeping, keeps, told
 
 NOTES = """A score is the mean return of 20 greedy episodes with the last weights; a cell is the mean over seeds with
-its 95 % interval (Student's t over seeds). Both learn from equal steps in one environment, with the same settings:
+its 95 % interval (Student's t). Both learn from equal steps in one environment, with the same settings:
 learning from step 100 on, one update a step, batches of 256, two layers of 256, Adam at 3e-4, and for TD3 Gaussian
 noise of deviation 0.1 on actions. Not the defaults are of ours the start (1,000), and of Stable-Baselines3's TD3 the
 step size (1e-3), the layers (400 and 300) and the noise (none); all else is each side's default. Runs are processes of
-their own, pinned to the same core, one after the other; each is kept in `--runs`, so that an interrupted benchmark goes
-on.
+their own, pinned to the same core, one after the other; each is kept in `--runs` with its processor, so that an
+interrupted benchmark goes on.
 """
 
 SYSTEMS = ("sac", "td3")
@@ -32,9 +32,10 @@ def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
 
     algorithm = find(spec["system"]).algorithm_class()(learning_starts=STARTS[spec["system"]])
     options = {"steps": spec["steps"], "envs": 1, "seed": spec["seed"], "device": "cpu", "threads": 1}
-    options |= {"eval_every": spec["steps"] // 10, "save_replay": False, "sinks": (), "compile": True}
-    run = rookery.train(algorithm, spec["env"], quiet=True, run_dir=spec["folder"], **options)
-    return {"score": run.summary["eval_return_mean"], "seconds": run.summary["seconds"]}
+    options |= {"eval_every": spec["steps"], "save_replay": False, "sinks": (), "compile": True}
+    with tempfile.TemporaryDirectory() as folder:
+        summary = rookery.train(algorithm, spec["env"], quiet=True, run_dir=f"{folder}/run", **options).summary
+    return {"score": summary["eval_return_mean"], "seconds": summary["seconds"]}
 
 
 def train_sb3(spec: dict[str, Any]) -> dict[str, Any]:
@@ -71,40 +72,44 @@ def interval(scores: list[float]) -> str:
     return f"{mean:,.0f} ({mean - reach:,.0f} to {mean + reach:,.0f})"
 
 
-def finished(spec: dict[str, Any], runs: Path, cores: list[int]) -> dict[str, Any]:
-    """The result of this run, from its file or from running it now."""
-    name = f"{spec['kind']}_{spec['system']}_{spec['env']}_{spec['steps']}_s{spec['seed']}"
-    path = runs / f"{name}.json"
-    if not path.exists():
-        done = child(__file__, {**spec, "folder": str(runs / name)}, cores, timeout=6 * 3600)
-        path.write_text(json.dumps(done))
-    return json.loads(path.read_text())
-
-
 def main() -> None:
     """Run what is missing, ours and theirs in turn; print and write the table."""
     flags = parser(__doc__ or "", rounds=3)
     flags.add_argument("--steps", type=int, default=200_000)
     flags.add_argument("--systems", nargs="*", default=SYSTEMS)
     flags.add_argument("--envs", nargs="*", default=ENVS)
-    flags.add_argument("--runs", type=Path, default=RESULTS.parent.parent / "runs" / "offpolicy")
+    keeping(flags, "offpolicy_learning", RESULTS / "kept")
     args = begin(flags, {"ours": train_ours, "sb3": train_sb3})
     about, steps = machine(args.cores), 1_000 if args.smoke else args.steps
-    args.runs.mkdir(parents=True, exist_ok=True)
-    found, rows = [], []
-    for system in args.systems:
-        for env in args.envs:
-            scores: dict[str, list[float]] = {"ours": [], "sb3": []}
-            for seed in range(args.rounds):
-                for kind in scores:
-                    spec = {"kind": kind, "system": system, "env": env, "steps": steps, "seed": seed}
-                    done = finished(spec, args.runs, args.cores)
-                    scores[kind].append(done["score"])
-                    found.append({**spec, **done})
-                    print(f"  {kind:<5} {system} {env} seed {seed}: {done['score']:,.0f} in {done['seconds']:,.0f} s")
-            rows.append([env, system, f"{steps:,}", *map(interval, scores.values()), len(scores["ours"])])
-    head = ["environment", "system", "steps", "ours", "Stable-Baselines3", "seeds"]
-    finish(args, "offpolicy_learning", about, {"runs": found}, "Off-policy learning", table(head, rows), NOTES)
+    pairs = [(system, env) for env in args.envs for system in args.systems]
+    variants = {
+        f"{kind} {system} {env}": {"kind": kind, "system": system, "env": env, "steps": steps}
+        for system, env in pairs
+        for kind in ("ours", "sb3")
+    }
+    found, failed = keeps(__file__, variants, args, show, limit=6 * 3600)
+    rows = []
+    for system, env in pairs:
+        of = {kind: found.get(f"{kind} {system} {env}", []) for kind in ("ours", "sb3")}
+        rows.append([env, system, f"{steps:,}", *map(cell, of.values())])
+    head = ["environment", "system", "steps", "ours", "Stable-Baselines3"]
+    parts = (table(head, rows), NOTES, *told(failed))
+    finish(args, "offpolicy_learning", about, {"runs": found}, "Off-policy learning", *parts)
+
+
+def show(result: dict[str, Any]) -> str:
+    """What is printed of a run that is done."""
+    return f"{result['score']:,.0f} in {result['seconds']:,.0f} s"
+
+
+def cell(results: list[dict[str, Any]]) -> str:
+    """The mean score with its 95 % interval by Student's t, and of how many seeds; of one seed, its score."""
+    if not results:
+        return "not run"
+    mean, reach = common.interval([each["score"] for each in results])
+    if math.isnan(reach):
+        return f"{mean:,.0f} (1 seed)"
+    return f"{mean:,.0f} ({mean - reach:,.0f} to {mean + reach:,.0f}; {len(results)} seeds)"
 
 
 if __name__ == "__main__":

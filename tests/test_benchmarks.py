@@ -123,15 +123,17 @@ def test_offpolicy_learning(tmp_path: Path) -> None:
     flags = ("--cores", CORE, "--systems", "sac", "--envs", "Hopper-v5", "--runs", str(tmp_path / "runs"))
     result, text = bench("offpolicy_learning", tmp_path, *flags)
     check_machine(result, text)
-    assert {run["kind"] for run in result["runs"]} == {"ours", "sb3"}
+    assert result["runs"].keys() == {"ours sac Hopper-v5", "sb3 sac Hopper-v5"}
 
 
 def test_intervals_over_few_seeds_are_of_students_t(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(FOLDER)
-    from offpolicy_learning import interval
+    from offpolicy_learning import cell
 
-    assert interval([1_000.0, 1_100.0, 1_200.0]) == "1,100 (852 to 1,348)"  # 4.303 · 100 / √3 either side
-    assert interval([1_000.0]) == "1,000"
+    three = [{"score": 1_000.0}, {"score": 1_100.0}, {"score": 1_200.0}]
+    assert cell(three) == "1,100 (852 to 1,348; 3 seeds)"  # 4.303 · 100 / √3 either side
+    assert cell(three[:1]) == "1,000 (1 seed)"
+    assert cell([]) == "not run"
 
 
 @pytest.mark.slow
@@ -235,12 +237,12 @@ def test_a_benchmark_goes_on_with_what_it_had(
     monkeypatch.syspath_prepend(FOLDER)
     from kept import keeps, told
 
-    script, args = tmp_path / "counts.py", argparse.Namespace(rounds=2, cores=[int(CORE)], smoke=False)
+    script, args = tmp_path / "counts.py", argparse.Namespace(cores=[int(CORE)], smoke=False)
     script.write_text(KEPT)
     args.runs = tmp_path / "runs"
 
-    def called(rounds: int) -> tuple[dict[str, Any], list[str], str]:
-        args.rounds, log = rounds, script.with_suffix(".log")
+    def called(rounds: int, kept: bool = False) -> tuple[dict[str, Any], list[str], str]:
+        args.rounds, args.kept, log = rounds, kept, script.with_suffix(".log")
         log.write_text("")
         variants = {who: {"kind": "any", "who": who, **late} for who in "ab"}
         found, failed = keeps(str(script), variants, args, lambda run: run["who"], 2.0 if late else 60.0)
@@ -249,10 +251,12 @@ def test_a_benchmark_goes_on_with_what_it_had(
     found, failed, ran = called(2)
     assert ran == "a0 b0 a1 b1"
     assert {who: [run["seed"] for run in runs] for who, runs in found.items()} == {"a": [0, 1], "b": [0]}
-    assert all(run["at"] and run["load"] >= 0 for runs in found.values() for run in runs)
+    assert all(run["at"] and run["cpu"] and run["load"] >= 0 for runs in found.values() for run in runs)
     reason = "it took more than 2 s" if late else "the disk is full"
     assert [each.startswith("b, round 2: ") and reason in each for each in failed] == [True]
     assert told(failed)[0].endswith(f"- {failed[0]}")
+    only, _, ran = called(3, kept=True)
+    assert (only, ran) == (found, "")
     again, _, ran = called(3)
     assert ran == "b1 a2 b2"
     assert [again["a"][:2], again["b"][:1]] == [found["a"], found["b"]]
