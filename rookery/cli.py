@@ -189,6 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
+        exec("")  # CPython forgets that one passed through an `exec` before, for which it would end by a signal
         sys.exit(130)
     except (ValueError, RuntimeError, TypeError, OSError) as error:
         if traceback:

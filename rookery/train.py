@@ -81,7 +81,6 @@ def train(
         ValueError: for unknown names and combinations that cannot work, before anything is built.
     """
     leave_if_imported()
-    raise_if_heard()
     name, algorithm, options = resolve(system, env, settings)
     if options.layout == "auto" and isinstance(env, str):  # one backend for all, whichever suits the lanes as given
         env = pick(env, options.envs, device_of(options.device), options.compile)

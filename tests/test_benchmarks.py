@@ -165,9 +165,7 @@ def test_overhead(tmp_path: Path) -> None:
 def check_rates(found: dict[str, list[dict[str, Any]]]) -> None:
     for (each,) in found.values():
         assert each["steps_per_second"] == pytest.approx(each["steps"] / each["seconds"])
-        assert (
-            0 < each["cores_busy"] <= 1.25
-        )  # of one; roles tell of their time a unit at a time, and a smoke run is short
+        assert 0 < each["cores_busy"] <= 1.1  # of one
 
 
 @pytest.mark.slow

@@ -392,11 +392,8 @@ class _Check:
         """Draw, by a copy that is built for it, where it is known how one is made."""
         known = isinstance(made_of, str) or callable(made_of)
         try:
-            with (
-                contextlib.closing(make_env(made_of, 1, **options))
-                if known
-                else contextlib.nullcontext(self.env) as env
-            ):
+            copy = contextlib.closing(make_env(made_of, 1, **options)) if known else contextlib.nullcontext(self.env)
+            with copy as env:
                 env.reset()
                 picture = env.render()
         except Exception as error:  # not every environment can draw

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from rookery.algorithms.base import Algorithm, Batch, Refused, ReplayPlan
+from rookery.algorithms.base import Algorithm, Batch, ReplayPlan
 from rookery.learner import Learner, minibatches, part_of
 from rookery.runtimes.boxes import Parcel
 from rookery.runtimes.words import Calls, Graph, Role
-from rookery.topologies.replicas import pooled
+from rookery.topologies.replicas import check_evenly, pooled
 from rookery.topologies.setting import Setting
 
 __all__ = ["Team", "check", "replica", "wire"]
@@ -64,7 +64,8 @@ class Team:
         """What `Learner.update` does, by the replicas' gradients."""
         plan, priorities = learner.algorithm.plan, []
         assert isinstance(plan, ReplayPlan)
-        size, rows = plan.batch // len(self.gradients), torch.tensor(plan.batch // len(self.gradients))
+        size = plan.batch // len(self.gradients)
+        rows = torch.tensor(size)
         learner.anneal()
         for batch in minibatches(plan, samples, learner.generator):
             at = {"at": torch.tensor([learner.updates, learner.steps]), "whole": learner.whole()}
@@ -86,16 +87,10 @@ class Team:
 
 
 def check(algorithm: Algorithm, learners: int) -> None:
-    """Refuse a batch that so many learners cannot share evenly.
-
-    Raises:
-        Refused: names the next batch that they can.
-    """
+    """Refuse a batch that so many learners cannot share evenly."""
     plan = algorithm.plan
     assert isinstance(plan, ReplayPlan)
-    if plan.batch % learners:
-        enough = -(-plan.batch // learners) * learners
-        raise Refused(f"learners={learners} cannot share batch={plan.batch} evenly; use batch={enough}.")
+    check_evenly(learners, "batch", plan.batch)
 
 
 def wire(graph: Graph, setting: Setting, learners: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from rookery.runtimes.boxes import Parcel, copied, pour
 from rookery.runtimes.words import Graph, Queue, Role, Weights, WordSpec
 from rookery.topologies.setting import Setting, crosses
 
-__all__ = ["check", "learner", "replica", "wire"]
+__all__ = ["check", "check_evenly", "learner", "pooled", "replica", "wire"]
 
 Values = dict[str, Any]  # tensors, and dicts of them, by name
 
@@ -87,6 +87,17 @@ async def learner(
         weights.publish(learner.version, learner.values(), learner.steps)
 
 
+def check_evenly(learners: int, name: str, number: int) -> None:
+    """Refuse a number that so many learners cannot share.
+
+    Raises:
+        Refused: names the next one that they can.
+    """
+    if number % learners:
+        enough = -(-number // learners) * learners
+        raise Refused(f"learners={learners} cannot share {name}={number} evenly; use {name}={enough}.")
+
+
 def check(algorithm: Algorithm, lanes: int, actors: int, learners: int) -> None:
     """Refuse what cannot be shared out among so many learners.
 
@@ -96,9 +107,8 @@ def check(algorithm: Algorithm, lanes: int, actors: int, learners: int) -> None:
     plan = algorithm.plan
     assert isinstance(plan, OnPolicy)
     for name, number in (("actors", actors), ("unrolls", plan.unrolls)):
-        if number % learners and not (name == "unrolls" and number < learners):
-            enough = -(-number // learners) * learners
-            raise Refused(f"learners={learners} cannot share {name}={number} evenly; use {name}={enough}.")
+        if not (name == "unrolls" and number < learners):
+            check_evenly(learners, name, number)
     plan.check(actors * lanes // learners)
     if getattr(algorithm, "target_kl", None) is not None:
         raise Refused(
