@@ -72,7 +72,7 @@ def main() -> None:
     flags = parser(__doc__ or "", rounds=5)
     flags.add_argument("--steps", type=int, default=300_000, help="of PPO as tuned; four times as many with one pass")
     args = begin(flags, {"overhead": overhead})
-    steps, cores = 20_000 if args.smoke else args.steps, args.cores[:1]
+    steps, cores = 60_000 if args.smoke else args.steps, args.cores[:1]
     variants = {
         f"{case}, {way}": {"kind": "overhead", "case": case, "way": way, "steps": steps * (4 if extra else 1)}
         for case, extra in PPO.items()
