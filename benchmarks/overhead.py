@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
-from common import begin, child, finish, interleaved, machine, parser, ratios, spread, table
+from common import begin, child, finish, interleaved, interval, machine, parser, spread, table
 from scaling import QUIET, shown, steady
 
 NOTES = """PPO on `tensor:CartPole-v1`, one actor, settings as tuned for it, or with one pass over an unroll in one
 minibatch. "loop" is a `for` of `Collector.fill` and `Learner.update` in one process, without roles, words, metrics or
 progress; "inline" and "local" are `rookery.train`, the latter with four processes. Actor and learner take turns, and
-all processes are on one core, so nothing of what a runtime adds is hidden behind work. Ratios are round by round."""
+all processes are on one core, so nothing of what a runtime adds is hidden behind work. Ratios are taken round by round:
+their mean, and its 95 % interval (Student's t); of all else medians, with the least and the greatest."""
 
 PPO: dict[str, dict[str, Any]] = {"as tuned": {}, "one pass": {"epochs": 1, "minibatches": 1}}
 
@@ -61,16 +63,22 @@ def overhead_table(found: dict[str, list[dict[str, Any]]]) -> str:
         case = name.rpartition(", ")[0]
         rates, spent = ([each["steps_per_second"] for each in rounds], [each["microseconds"]["all"] for each in rounds])
         alone = found[f"{case}, loop"]
-        slower = ratios([each["steps_per_second"] for each in alone], rates)
-        more = ratios(spent, [each["microseconds"]["all"] for each in alone])
-        rows.append([name, f"{spread(rates):,.0f}", f"{slower:.3f}", f"{spread(spent):.1f}", f"{more:.3f}"])
+        slower = [one["steps_per_second"] / rate for one, rate in zip(alone, rates, strict=True)]
+        more = [used / one["microseconds"]["all"] for one, used in zip(alone, spent, strict=True)]
+        rows.append([name, f"{spread(rates):,.0f}", ratio(slower), f"{spread(spent):.1f}", ratio(more)])
     return table(["PPO", "steps/s", "time, of the loop's", "processor µs a step", "of the loop's"], rows)
+
+
+def ratio(ratios: list[float]) -> str:
+    """The mean over rounds with its 95 % interval by Student's t."""
+    mean, reach = interval(ratios)
+    return f"{mean:.3f}" if math.isnan(reach) else f"{mean:.3f} ({mean - reach:.3f} to {mean + reach:.3f})"
 
 
 def main() -> None:
     """PPO in a loop, inline, and with processes."""
-    flags = parser(__doc__ or "", rounds=5)
-    flags.add_argument("--steps", type=int, default=300_000, help="of PPO as tuned; four times as many with one pass")
+    flags = parser(__doc__ or "", rounds=10)
+    flags.add_argument("--steps", type=int, default=150_000, help="of PPO as tuned; four times as many with one pass")
     args = begin(flags, {"overhead": overhead})
     steps, cores = 60_000 if args.smoke else args.steps, args.cores[:1]
     variants = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rookery.algorithms.base import Algorithm, Batch, Loss, Now, OnPolicy, Part, PolicyNet, ReplayPlan, flat
-from rookery.data.plan import PER_SAMPLE
+from rookery.data.plan import axis_of
 from rookery.nn.compiled import compiled, precision
 
 __all__ = ["Gradient", "Lags", "Learner", "NonFinite", "minibatches", "non_finite", "part_of"]
@@ -364,8 +364,7 @@ def _take(value: Any, order: Tensor, axis: int) -> Any:
 
 def part_of(plan: ReplayPlan, samples: Batch, start: int, size: int) -> Batch:
     """So many samples from there on, or as many as there are, as views."""
-    axes = {name: 0 if not plan.sequence or name in PER_SAMPLE else 1 for name in samples}
-    return {name: _narrow(value, axes[name], start, size) for name, value in samples.items()}
+    return {name: _narrow(value, axis_of(plan, name), start, size) for name, value in samples.items()}
 
 
 def _narrow(value: Any, axis: int, start: int, size: int) -> Any:

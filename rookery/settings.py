@@ -41,7 +41,7 @@ class Options:
     seed: int = 0  # of environments, networks, exploration and shuffling
     actors: int = 1  # each with its own lanes
     learners: int = 1  # that learn in parallel, each from its share of the data
-    shards: int = 1  # of a parameter server, each with its share of the parameters
+    shards: int = 1  # of replay, each with its share of the rows; of a parameter server, of the parameters
     max_delay: int = 0  # updates since its weights were read, above which a shard drops a gradient; 0 keeps all
     outliers: float = 0.0  # deviations above the mean loss, above which a gradient is dropped; 0 keeps all
     runtime: Literal["inline", "local", "ray"] = "inline"  # roles take turns here, have processes, or a cluster's hosts

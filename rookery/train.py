@@ -149,8 +149,23 @@ def saved_whole(run: Run) -> dict[str, Any]:
     saved = run.saved()
     replay = run.checkpoints.replay(saved["steps"])
     if replay is not None:
-        saved["run"]["words"].setdefault("replay", {})["store"] = replay
+        store, shards = (replay["store"], replay["roles"]) if "roles" in replay else (replay, {})
+        if store is not None:
+            saved["run"]["words"].setdefault("replay", {})["store"] = store
+        for name, shard in shards.items():
+            saved["run"]["roles"][name]["replay"] = shard
     return saved
+
+
+def without_replay(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A run's state, and apart from it what is large and only needed to go on: what replay holds, and roles' own."""
+    words, roles = (
+        {name: {part: value for part, value in kept.items() if part != large} for name, kept in state[kind].items()}
+        for kind, large in (("words", "store"), ("roles", "replay"))
+    )
+    store = state["words"].get("replay", {}).get("store")
+    own = {name: kept["replay"] for name, kept in state["roles"].items() if "replay" in kept}
+    return {**state, "words": words, "roles": roles}, {"store": store, "roles": own} if own else store
 
 
 def execute(
@@ -347,7 +362,7 @@ class Keeper:
         self.step = state["steps"]  # roles that are not in this process finish what they are at, and come further
         self._updates = _updates(state)
         self._refuse_non_finite(state["roles"])
-        replay = state["words"].get("replay", {}).pop("store", None)
+        state, replay = without_replay(state)
         kept = {"run": state, "recorder": self.recorder.state(), "steps": self.step, "seconds": self.seconds()}
         kept["episodes_restarted"] = self._anew
         self.run.checkpoints.save(self.step, kept, self.recorder.summary()["eval_return_mean"], replay)

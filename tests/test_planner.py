@@ -228,6 +228,8 @@ def test_refusals() -> None:
         Cluster(mtbf=-1)
     with pytest.raises(Refused, match="bandwidth=0"):
         Cluster(bandwidth=0)
+    with pytest.raises(Refused, match="shards=2: replay in shards is not simulated; leave it out"):
+        learning(STALE, topology="actors_replay_learner", shards=2)
     with pytest.raises(Refused, match="evolution is not modelled"):
         simulate(learning(STALE, topology="evolution"), FREE, 1)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rookery.data.plan import PER_SAMPLE
+from rookery.data.plan import axis_of
 from rookery.data.replay import ReplayBuffer, check_priorities
 from rookery.envs.vector import Obs
 
@@ -65,9 +65,8 @@ class Mixture:
             if batch.keys() != first.keys():
                 odd = ", ".join(sorted(batch.keys() ^ first.keys()))
                 raise ValueError(f"buffer {place} samples other columns than the first: {odd}; store the same in both.")
-        # Sequences are time-major, but for what they have once.
-        dims = {name: int(value.ndim > 1 and self._sequences(name)) for name, value in first.items()}
-        return {name: torch.cat([batch[name] for _, batch in drawn], dims[name]) for name in first}
+        plan = self.parts[0].plan
+        return {name: torch.cat([batch[name] for _, batch in drawn], axis_of(plan, name)) for name in first}
 
     def _turns(self, count: int) -> list[int]:
         """How many of the next `count` samples each buffer gives."""
@@ -76,9 +75,6 @@ class Mixture:
         counts = counts_of(owed, count)
         self._given = [given + n for given, n in zip(self._given, counts, strict=True)]
         return counts
-
-    def _sequences(self, name: str) -> bool:
-        return self.parts[0].plan.sequence > 0 and name not in PER_SAMPLE
 
     def prioritise(self, index: Tensor, priorities: Tensor) -> None:
         """Each buffer gets the priorities of its own samples; see `ReplayBuffer.prioritise`."""

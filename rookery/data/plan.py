@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["PER_SAMPLE", "OnPolicy", "Refused", "ReplayPlan"]
+__all__ = ["OnPolicy", "Refused", "ReplayPlan", "axis_of"]
 
 PER_SAMPLE = ("weight", "index", "state")  # of sampled sequences, these have no time dimension
 
@@ -120,6 +120,16 @@ class ReplayPlan:
         """Samples that may be owed or taken ahead before a side waits, with so many lanes an actor."""
         return self.batch + (1 + self.ahead * actors) * self.rows(lanes) * lanes * self.samples_per_insert
 
+    def check_unrolls(self, lanes: int, actors: int) -> None:
+        """Refuse unrolls, of so many lanes an actor, that overwrite what a sample is made of."""
+        rows, lanes = self.rows(lanes), lanes * actors
+        each = self.capacity // lanes
+        if rows > each - self.longest:
+            raise Refused(
+                f"capacity={self.capacity} gives each of {lanes} lanes {each} rows, of which an unroll of {rows} may "
+                f"overwrite {max(0, each - self.longest)}; use capacity={lanes * (rows + self.longest)} or more."
+            )
+
     def check(self, lanes: int) -> None:
         """Refuse what cannot work with so many lanes."""
         least = self.longest + 2
@@ -132,3 +142,8 @@ class ReplayPlan:
             raise Refused(
                 f"learning_starts={self.learning_starts} rows never fit capacity={self.capacity}; use at most that."
             )
+
+
+def axis_of(plan: ReplayPlan, name: str) -> int:
+    """The axis along which samples are numbered in what they have by that name."""
+    return 0 if not plan.sequence or name in PER_SAMPLE else 1

@@ -52,6 +52,10 @@ class Work:
     lanes: int
     shards: int = 1  # of a parameter server
 
+    def __post_init__(self) -> None:
+        if self.shards > 1 and self.topology != "parameter_server":
+            raise Refused(f"shards={self.shards}: replay in shards is not simulated; leave it out.")
+
     @property
     def rows(self) -> int:
         """T, the steps of an unroll."""

@@ -11,17 +11,21 @@ of the learner, and both sides work at once (Ape-X).
 from __future__ import annotations
 
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
-from rookery.algorithms.base import Algorithm
+from rookery.algorithms.base import Algorithm, ReplayPlan
 from rookery.data.replay import ReplayBuffer
 from rookery.learner import Learner
 from rookery.runtimes.words import Calls, Graph, Replay, Role, Weights
-from rookery.topologies import replay_replicas, shared_policy
+from rookery.topologies import replay_replicas, replay_shards, shared_policy
 from rookery.topologies.actors_learner import evaluator
 from rookery.topologies.replay_replicas import Team
+from rookery.topologies.replay_shards import Home, Ledger, Receipt, Shares
 from rookery.topologies.setting import Setting, crosses
 
 __all__ = ["MakeStore", "actor", "check", "learner", "wire"]
@@ -57,21 +61,27 @@ async def actor(
     replay: Replay,
     calls: Calls | None = None,
     groups: int = 1,
+    shards: tuple[Calls, ...] = (),
 ) -> None:
-    """Act with the newest weights there are, and store it."""
+    """Act with the newest weights there are, and store it, in a shard if there are any."""
     algorithm, rows = setting.algorithm, setting.replay_plan.rows(setting.lanes)
     collector = await shared_policy.acting(role, setting, rows, calls, groups)
     lanes = torch.arange(setting.lanes, device=collector.device) + role.index * setting.lanes
     place = lanes / max(1, actors * setting.lanes - 1)
+    home = Home(role, shards) if shards else None
     try:
         while True:
             await collector.ready()
-            slot = await replay.slot(collector.slot, rows * setting.lanes, role.index)
+            slot = await replay.slot(Receipt if shards else collector.slot, rows * setting.lanes, role.index)
+            delivery = await home.delivery(collector.slot) if home else None
+            unroll = delivery.unroll if delivery else slot
             version, values, _ = await weights.latest()
             if version != collector.version:
                 collector.load(version, values)
             before = replay.inserts
-            steps = before + await collector.filled(slot, algorithm.exploration(before, place))
+            steps = before + await collector.filled(unroll, algorithm.exploration(before, place))
+            if home and delivery:
+                await home.store(delivery, slot)
             replay.insert(slot, steps - before, role.index)
             role.advance(steps)
             if crosses(before, steps, setting.log_every) and collector.returns:
@@ -81,36 +91,48 @@ async def actor(
 
 
 async def learner(
-    role: Role, setting: Setting, weights: Weights, replay: Replay, gradients: tuple[Calls, ...] = ()
+    role: Role,
+    setting: Setting,
+    weights: Weights,
+    replay: Replay,
+    gradients: tuple[Calls, ...] = (),
+    shards: tuple[Calls, ...] = (),
 ) -> None:
     """Update as often as the plan says for each step that was stored, by replicas' gradients if there are any."""
     net, plan, team = setting.make_net(), setting.replay_plan, Team(gradients) if gradients else None
+    shares = Shares(plan, shards) if shards else None
     learner = role.keep(Learner(setting.algorithm, net, setting.total_steps, role.seed, **setting.means))
     role.advance(replay.inserts)
     weights.publish(learner.version, learner.values(), learner.steps)
     while learner.steps < setting.total_steps:
         beta = plan.beta + (1 - plan.beta) * learner.steps / setting.total_steps
-        if team is not None:
+        if team or shares:
             await role.boundary()
         samples = await replay.sample(plan.batch, plan.updates(setting.lanes), beta=beta)
         before, steps = learner.steps, replay.inserts
-        batch = {name: value.to(learner.device) for name, value in samples.items()}
-        if team is None:
-            priorities = learner.update(batch, steps)
-        else:
-            with role.unit():
-                priorities = await team.update(learner, batch, steps)
-        if priorities is not None:
+        with role.unit() if team or shares else nullcontext():
+            if shares and (samples := await shares.sample(int(samples["count"]), beta)) is None:
+                continue
+            batch = {name: value.to(learner.device) for name, value in samples.items()}
+            priorities = await team.update(learner, batch, steps) if team else learner.update(batch, steps)
+            if priorities is not None and shares:
+                await shares.prioritise(samples["index"], priorities)
+        if priorities is not None and not shares:
             replay.prioritise(samples["index"], priorities)
         weights.publish(learner.version, learner.values(), learner.steps)
         if crosses(before, steps, setting.log_every):
             role.report(steps, learner.metrics())
 
 
-def check(algorithm: Algorithm, lanes: int, actors: int, learners: int, inference: str, double_buffer: bool) -> None:
-    """Refuse lanes that cannot be halved, or need not be, and batches that learners cannot share."""
+def check(
+    algorithm: Algorithm, lanes: int, actors: int, learners: int, shards: int, inference: str, double_buffer: bool
+) -> None:
+    """Refuse lanes that cannot be halved, or need not be, and batches that learners or shards cannot share."""
     shared_policy.check(lanes, inference, double_buffer)
     replay_replicas.check(algorithm, learners)
+    replay_shards.check(algorithm, actors, shards)
+    assert isinstance(algorithm.plan, ReplayPlan)
+    algorithm.plan.check_unrolls(lanes, actors)
 
 
 def wire(
@@ -118,16 +140,18 @@ def wire(
     seed: int,
     actors: int = 1,
     learners: int = 1,
+    shards: int = 1,
     inference: str = "own",
     double_buffer: bool = False,
 ) -> Graph:
-    """The whole topology; several learners share each batch."""
+    """The whole topology; several learners share each batch, and several shards what is stored."""
     graph, plan = Graph(seed), setting.replay_plan
+    store = MakeStore(setting, actors, zlib.crc32(f"{seed}/replay".encode()))
     weights = graph.word("weights", "weights")
     replay = graph.word(
         "replay",
         "replay",
-        make_store=MakeStore(setting, actors, zlib.crc32(f"{seed}/replay".encode())),
+        make_store=partial(Ledger, shards) if shards > 1 else store,
         samples_per_insert=plan.samples_per_insert,
         min_size=plan.learning_starts,
         tolerance=plan.tolerance(setting.lanes, actors),
@@ -136,10 +160,14 @@ def wire(
         overlap=plan.ahead > 0,
     )
     policy = shared_policy.wire(graph, setting, actors, weights, inference, double_buffer)
+    words: dict[str, Any] = {"weights": weights, "replay": replay}
+    words["shards"] = replay_shards.wire(graph, setting, actors, shards)
     for index in range(actors):
-        graph.role(actor, index, anew=True, setting=setting, actors=actors, weights=weights, replay=replay, **policy)
+        graph.role(actor, index, anew=True, setting=setting, actors=actors, **words, **policy)
     team = replay_replicas.wire(graph, setting, learners)
-    graph.role(learner, setting=setting, weights=weights, replay=replay, ends_run=True, **team)
+    graph.role(learner, setting=setting, ends_run=True, **words, **team)
+    if shards > 1:  # it asks before actors do, in a resumed run's first round as in any other
+        graph.roles.insert(0, graph.roles.pop())
     if setting.eval_every:
         graph.role(evaluator, setting=setting, weights=weights)
     return graph

@@ -90,7 +90,7 @@ def check(algorithm: Algorithm, learners: int) -> None:
     """Refuse a batch that so many learners cannot share evenly."""
     plan = algorithm.plan
     assert isinstance(plan, ReplayPlan)
-    check_evenly(learners, "batch", plan.batch)
+    check_evenly("learners", learners, "batch", plan.batch)
 
 
 def wire(graph: Graph, setting: Setting, learners: int) -> dict[str, Any]:

@@ -87,15 +87,15 @@ async def learner(
         weights.publish(learner.version, learner.values(), learner.steps)
 
 
-def check_evenly(learners: int, name: str, number: int) -> None:
-    """Refuse a number that so many learners cannot share.
+def check_evenly(sharers: str, count: int, name: str, number: int) -> None:
+    """Refuse a number that so many cannot share.
 
     Raises:
         Refused: names the next one that they can.
     """
-    if number % learners:
-        enough = -(-number // learners) * learners
-        raise Refused(f"learners={learners} cannot share {name}={number} evenly; use {name}={enough}.")
+    if number % count:
+        enough = -(-number // count) * count
+        raise Refused(f"{sharers}={count} cannot share {name}={number} evenly; use {name}={enough}.")
 
 
 def check(algorithm: Algorithm, lanes: int, actors: int, learners: int) -> None:
@@ -108,7 +108,7 @@ def check(algorithm: Algorithm, lanes: int, actors: int, learners: int) -> None:
     assert isinstance(plan, OnPolicy)
     for name, number in (("actors", actors), ("unrolls", plan.unrolls)):
         if not (name == "unrolls" and number < learners):
-            check_evenly(learners, name, number)
+            check_evenly("learners", learners, name, number)
     plan.check(actors * lanes // learners)
     if getattr(algorithm, "target_kl", None) is not None:
         raise Refused(

@@ -130,6 +130,7 @@ def test_hosts_come_and_go(three: hosts.Hosts, capsys: pytest.CaptureFixture[str
     [
         ("ppo", ("--actors", "2", "--steps", "60_000")),
         ("apex", ("--actors", "3", "--steps", "30_000")),
+        ("apex", ("--actors", "2", "--shards", "2", "--steps", "10_000")),
         ("gorila", ("--actors", "2", "--shards", "2", "--steps", "6_000")),
     ],
 )

@@ -49,6 +49,7 @@ FEATURES: list[dict[str, Any]] = [
     {"name": "shared inference", "env": EITHER, "actors": 2, "inference": "shared"},
     {"name": "double-buffered", "env": EITHER, "inference": "shared", "double_buffer": True},
     {"name": "several learners", "env": EITHER, "learners": 2, "actors": 2},
+    {"name": "several shards", "env": EITHER, "actors": 2, "shards": 2},
     {"name": "local runtime", "env": EITHER, "runtime": "local"},
     {"name": "local, dict observation", "env": ("tensor:ProbeDict-v0", "tensor:ProbeDictBox-v0"), "runtime": "local"},
     {"name": "resumed", "env": EITHER},
@@ -69,7 +70,7 @@ def try_cell(system: str, feature: dict[str, Any], folder: Path) -> str:
     env = feature["env"] if isinstance(feature["env"], str) else home(system, *feature["env"])
     if env == feature["env"][1]:
         options.pop("env_options", None)  # of the first
-    if "learners" in options and "actors" not in SYSTEMS[system].takes:
+    if {"learners", "shards"} & options.keys() and "actors" not in SYSTEMS[system].takes:
         del options["actors"]  # its learners act
     path = folder / f"{system}-{feature['name']}"
     try:

@@ -34,6 +34,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "gorila": {"actors": 2, "shards": 2},
     "sac": {},
     "dqn": {"actors": 2, "learners": 2, "alpha": 0.6},
+    "td3": {"actors": 2, "shards": 2, "ahead": 1},
 }
 
 

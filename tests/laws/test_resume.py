@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prioritised": {**HOME, "alpha": 0.6, "n_step": 3, "unroll": 0},
     "replicas": {**HOME, "actors": 2, "learners": 2},
     "shared batches": {**HOME, "learners": 2},
+    "sharded replay": {**HOME, "actors": 4, "shards": 2, "envs": 2},
     "sharded": {**HOME, "actors": 3, "shards": 2, "max_delay": 1, "outliers": 1.0},
     "asking": {**HOME, "actors": 2, "inference": "shared", "double_buffer": True},
     "asking seldom": {**HOME, "actors": 2, "inference": "shared", "unrolls": 4},
