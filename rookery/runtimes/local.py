@@ -18,6 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -519,6 +520,7 @@ def _heard(connections: Iterable[Connection], seconds: float) -> list[Connection
 @contextlib.contextmanager
 def _sheltered() -> Iterator[None]:
     """A process that is started here is spared what terminates this one's group; it can change that for itself."""
+    resource_tracker.ensure_running()  # the server of forks begins it otherwise, and that lets the signal through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield

@@ -558,6 +558,7 @@ def test_a_signal_leaves_a_checkpoint_and_nobody(command: Command, number: signa
     assert "rookery resume" in said
     assert eventually(lambda: not family(command.marker)), said
     assert command.folders_left() == []
+    assert (command.run / "metrics.jsonl").read_text().count('"restarted"') == 1  # the one that was killed
     reached = rookery.load(command.run).checkpoints.steps()[-1]
     assert reached > 0
     assert rookery.resume(command.run, steps=reached + 500, quiet=True).summary["steps"] >= reached + 500
