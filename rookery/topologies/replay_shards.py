@@ -60,7 +60,7 @@ def each_of(plan: ReplayPlan, shards: int) -> ReplayPlan:
 
 def wire(graph: Graph, setting: Setting, actors: int, shards: int) -> tuple[Any, ...]:
     """Add so many shards, or none for one; gives what each is asked by."""
-    requests = tuple(graph.word("calls", f"shard_{index}") for index in range(shards if shards > 1 else 0))
+    requests = tuple(graph.word("calls", f"requests_{index}") for index in range(shards if shards > 1 else 0))
     for index, each in enumerate(requests):
         graph.role(shard, index, setting=setting, actors=actors, shards=shards, requests=each)
     return requests
