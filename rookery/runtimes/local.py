@@ -27,7 +27,7 @@ from rookery.runtimes.boxes import fill, packed, unpacked
 from rookery.runtimes.inline import Deadlock, RoleError, State, restore, role_seed
 from rookery.runtimes.local_words import WORDS, Box, Member
 from rookery.runtimes.meter import WORK, Meter
-from rookery.runtimes.process import UNGUARDED, main
+from rookery.runtimes.process import SHELTERED, UNGUARDED, main
 from rookery.runtimes.words import Graph
 
 __all__ = ["Local"]
@@ -519,9 +519,9 @@ def _heard(connections: Iterable[Connection], seconds: float) -> list[Connection
 
 @contextlib.contextmanager
 def _sheltered() -> Iterator[None]:
-    """A process that is started here is spared what terminates this one's group; it can change that for itself."""
+    """A process that is started here is spared the signals to this one's group; it can change that for itself."""
     resource_tracker.ensure_running()  # the server of forks begins it otherwise, and that lets the signal through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SHELTERED)
     try:
         yield
     finally:

@@ -27,6 +27,7 @@ from rookery.runtimes.words import Part, Published, RoleSpec, Stateful
 __all__ = ["UNGUARDED", "Ended", "Link", "begun", "leave_if_imported", "live", "main"]
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+SHELTERED = {signal.SIGINT, signal.SIGTERM}  # of which a process that is being started is spared
 SHARE = 0.01  # of a role's time that may go into handing over its state
 UNGUARDED = 78  # exit status of a process whose script would train all over (EX_CONFIG of sysexits.h)
 TELL = 0.25  # seconds between two accounts of a role's work
@@ -282,7 +283,7 @@ def main(connection: Connection, spec: RoleSpec, seed: int, saved: dict[str, Any
     """What the process of a role does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the runtime decides
     signal.signal(signal.SIGTERM, lambda *_: None)  # and so does one to the whole group; not inherited by exec
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SHELTERED)
     _die_with_parent()
     torch.set_num_threads(threads)
     live(Link(connection), spec, seed, saved)

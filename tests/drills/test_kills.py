@@ -112,9 +112,9 @@ class Killer:
         assert self.replaced == self.killed
 
 
-def kill(pid: int) -> None:
+def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
 
 
 def run(graph: Graph, killer: Killer | None = None, **options: Any) -> tuple[Rows, dict[str, Any], Local]:
@@ -562,6 +562,21 @@ def test_a_signal_leaves_a_checkpoint_and_nobody(command: Command, number: signa
     reached = rookery.load(command.run).checkpoints.steps()[-1]
     assert reached > 0
     assert rookery.resume(command.run, steps=reached + 500, quiet=True).summary["steps"] >= reached + 500
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_who_is_only_being_started(command: Command, number: signal.Signals) -> None:
+    """It reaches a process between its fork and its first line as well: a group's signal does not wait."""
+    log = command.run / "metrics.jsonl"
+
+    def learning() -> bool:
+        for pid in family(command.marker):
+            if pid != command.process.pid:
+                kill(pid, number)
+        return log.exists() and '"learner"' in log.read_text()
+
+    assert eventually(learning), command.process.poll()
+    assert '"restarted"' not in log.read_text()
 
 
 def test_nobody_outlives_a_killed_runtime(command: Command) -> None:
