@@ -22,9 +22,8 @@ from rookery.data.replay import ReplayBuffer
 from rookery.learner import Learner
 from rookery.planner.costs import Cluster, Costs, Work
 from rookery.run import build, closing, threads
-from rookery.runtimes.boxes import copied, pour
+from rookery.runtimes.boxes import copied, nbytes, pour
 from rookery.runtimes.local import Local
-from rookery.runtimes.meter import nbytes
 from rookery.runtimes.words import Graph, Role, Weights
 from rookery.settings import Options
 from rookery.systems import system_of

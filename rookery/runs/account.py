@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["EVALUATOR", "KEEPER", "account", "bottleneck", "condensed", "flat", "kind_of", "since"]
+__all__ = ["EVALUATOR", "KEEPER", "account", "bottleneck", "condensed", "flat", "kind_of", "plain", "since"]
 
 Measured = Mapping[str, Any]
 Account = dict[str, Any]
@@ -24,7 +24,7 @@ BOXES = 4  # roles of a kind that are shown one by one
 
 # What a limit is called, where it has another name than its cause.
 LIMITS = {"environment and inference": "environment", "learning": "learner"}
-LIMITS |= dict.fromkeys(("turns", "questions", "evaluation", KEEPER), "waiting")
+LIMITS |= dict.fromkeys(("turns", "questions", "draws", "evaluation", KEEPER), "waiting")
 # By limit: what helps on the cores that there are, and what needs more of them.
 ADVICE = {
     "environment": ("step more lanes at once (--envs)", "add actors (--runtime local --actors N)"),
@@ -51,9 +51,15 @@ ADVICE = {
         "time (--envs), or let actors choose for themselves (--inference own)",
         "",
     ),
+    "draws": ("make fewer and larger updates; where replay has shards, fewer of them (--shards)", ""),
     "evaluation": ("evaluate less often (--eval-every) or on fewer episodes (--eval-episodes)", ""),
     KEEPER: ("save less often (--eval-every), or leave replay out (--no-save-replay)", ""),
 }
+
+
+def plain(word: str) -> str:
+    """Its name without the number that tells it from its like: `unrolls` of `unrolls_0`."""
+    return word.rstrip("_0123456789")
 
 
 def kind_of(role: str) -> str:
@@ -249,8 +255,8 @@ def _side_by_side(roles: Mapping[str, Any], kinds: Mapping[str, str]) -> tuple[s
             playing = roles[EVALUATOR]["busy"]
             return "evaluation", f"checkpoints wait for the evaluator, which is busy {playing:.0%} ({busy})", EVALUATOR
         waits = {kind: kinds.get(_most_waited_for(role)) for kind, role in players.items()}
-        asks = waits.get("actor") == "calls"
-        cause = "questions" if asks else "turns" if "weights" in waits.values() else "waiting"
+        cause = {"calls": "questions", "replay": "draws"}.get(waits.get("actor") or "", "waiting")
+        cause = "turns" if cause == "waiting" and "weights" in waits.values() else cause
         return cause, f"nobody is busy ({busy}): {_waits(players)}", ""
     role, work = players[most], _work(players[most])
     cause = max(work, key=lambda activity: work[activity])
@@ -271,7 +277,7 @@ def _work(role: Mapping[str, Any]) -> dict[str, float]:
 def _waits(roles: Mapping[str, Any]) -> str:
     """What each kind waits for most."""
     found = [(kind, 1 - role["busy"], _most_waited_for(role)) for kind, role in roles.items()]
-    return ", ".join(f"{kind} waits {share:.0%}, most for {word}" for kind, share, word in found if word)
+    return ", ".join(f"{kind} waits {share:.0%}, most for {plain(word)}" for kind, share, word in found if word)
 
 
 def _most_waited_for(role: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rookery.runs.account import EVALUATOR, KEEPER, condensed, kind_of
+from rookery.runs.account import EVALUATOR, KEEPER, condensed, kind_of, plain
 from rookery.runs.folder import RunFolder
 from rookery.runs.metrics import RUNTIME, read
 
@@ -53,7 +53,10 @@ def measured_of(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def scene(found: Mapping[str, Any]) -> Scene:
-    """Who stands where: to the right of those who give to a queue, a replay or calls are those who take from it."""
+    """Who stands where: to the right of all who give to a queue or a replay are those who take from it.
+
+    Who answers calls stands to the right of the first who asks: others ask from either side.
+    """
     kinds = {name: word["kind"] for name, word in found["words"].items()}
     roles = [role for role in found["roles"] if role != KEEPER]
     arrows = [_arrow(flow, kinds) for flow in found["flows"]]
@@ -64,8 +67,8 @@ def scene(found: Mapping[str, Any]) -> Scene:
         (givers if arrow.gives else takers)[arrow.word].append(arrow.role)
     place = dict.fromkeys(roles, 0)
     for _ in roles:  # paths have no more words than that
-        for word in (name for name, kind in kinds.items() if kind != "weights"):
-            first = max((place[giver] + 1 for giver in givers[word]), default=0)
+        for word, kind in (each for each in kinds.items() if each[1] != "weights"):
+            first = (min if kind == "calls" else max)((place[giver] + 1 for giver in givers[word]), default=0)
             for taker in set(takers[word]) - set(givers[word]):
                 place[taker] = min(max(place[taker], first), len(roles) - 1)
     places = sorted(set(place.values()))
@@ -82,8 +85,7 @@ def scene(found: Mapping[str, Any]) -> Scene:
 def _arrow(flow: Mapping[str, Any], kinds: Mapping[str, str]) -> Arrow:
     gives = flow["to"] in kinds
     role, word = (flow["from"], flow["to"]) if gives else (flow["to"], flow["from"])
-    plain = word.rstrip("_0123456789")  # unrolls_0 are unrolls
-    unit = UNITS.get(kinds[word], (plain, plain))[not gives]
+    unit = UNITS.get(kinds[word], (plain(word), plain(word)))[not gives]
     size = f"{amount(flow['bytes_per_second'], ' ')}B/s" if flow["bytes_per_second"] >= 1 else ""
     return Arrow(role, word, gives, f"{amount(flow['per_second'])} {unit}/s", size)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Parcel", "content", "copied", "fill", "fits", "packed", "pour", "unpacked"]
+__all__ = ["Parcel", "content", "copied", "fill", "fits", "nbytes", "packed", "pour", "unpacked"]
 
 
 class Parcel:
@@ -87,6 +87,11 @@ def fill(box: Any, content: list[np.ndarray]) -> None:
     """Copy what is in another box of the same kind into this one."""
     for tensor, memory in zip(_tensors(box, set()), content, strict=True):
         np.copyto(_memory(tensor), memory)
+
+
+def nbytes(box: Any) -> int:
+    """Bytes of the tensors in an object."""
+    return sum(tensor.nbytes for tensor in _tensors(box, set()))
 
 
 def _memory(tensor: Tensor) -> np.ndarray:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from rookery.runtimes.boxes import nbytes
 from rookery.runtimes.limiter import RateLimiter
 from rookery.runtimes.meter import WORK, Meter, Told, WordMeter, combined, told
 from rookery.runtimes.words import Graph, Part, Published, RoleSpec, Stateful
@@ -280,6 +281,7 @@ class InlineCalls:
     def __init__(self, meter: WordMeter) -> None:
         self.meter = meter
         self._slots: dict[int, Any] = {}  # by asker
+        self._sizes: dict[int, int] = {}  # in bytes, by the slot's `id`
         self._waiting: deque[Answer] = deque()
 
     async def slot(self, make: Callable[[], Any], index: int) -> Any:
@@ -289,7 +291,9 @@ class InlineCalls:
 
     def ask(self, slot: Any) -> Answer:
         self._waiting.append(Answer(slot, self.meter.name))
-        self.meter.gives(1)
+        if id(slot) not in self._sizes:
+            self._sizes[id(slot)] = nbytes(slot)
+        self.meter.asks(self._sizes[id(slot)])
         return self._waiting[-1]
 
     async def requests(self, most: int) -> list[tuple[Any, Callable[[Any], None]]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from rookery.runtimes.boxes import copied, fits, pour, unpacked
 from rookery.runtimes.inline import Answer, InlineCalls, InlineQueue, InlineReplay, InlineWeights, State, newer, until
-from rookery.runtimes.meter import Meter, nbytes
+from rookery.runtimes.meter import Meter
 from rookery.runtimes.words import Published, RoleSpec
 
 __all__ = ["WORDS", "Box", "Member"]
@@ -45,10 +45,6 @@ class Box:
     def batch(self) -> Any:
         """What a replay takes from a slot."""
         return self.value.batch()
-
-    @property
-    def nbytes(self) -> int:
-        return nbytes(self.value)
 
 
 @dataclass(eq=False)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Meter", "RoleMeter", "WordMeter", "nbytes", "told"]
+from rookery.runtimes.boxes import nbytes
+
+__all__ = ["Meter", "RoleMeter", "WordMeter", "told"]
 
 WORK = ""  # in place of the word that is waited for
 Told = dict[str, Any]
@@ -36,16 +38,6 @@ def combined(one: Told, two: Told, sign: int = 1) -> Told:
         else one.get(name, 0) + sign * two.get(name, 0)
         for name in names
     }
-
-
-def nbytes(value: Any) -> int:
-    """Bytes of the tensors in nested dicts, TensorDicts and slots."""
-    if isinstance(value, Mapping):
-        return sum(nbytes(part) for part in value.values())
-    if hasattr(value, "nbytes"):
-        return int(value.nbytes)
-    parts = getattr(value, "batch", getattr(value, "state", None))
-    return 0 if parts is None else nbytes(parts())
 
 
 class RoleMeter:
@@ -91,9 +83,10 @@ class WordMeter:
 
     def __init__(self, name: str, kind: str, runtime: Meter) -> None:
         self.name, self.kind, self._runtime = name, kind, runtime
-        self._given: dict[str, int] = defaultdict(int)  # units, by the role's name
-        self._taken: dict[str, int] = defaultdict(int)
+        self._given: Counter[str] = Counter()  # units, by the role's name
+        self._taken: Counter[str] = Counter()
         self._sizes: dict[str, float] = {}  # bytes of a unit that is given, or taken, as of the first
+        self._asked = 0  # bytes of all that was asked of somebody: no two questions need be of one size
         self._looks, self._filled = 0, 0.0
         self._versions: dict[str, int] = {}
 
@@ -102,6 +95,11 @@ class WordMeter:
         if "given" not in self._sizes:
             self._sizes["given"] = nbytes(value) / max(1, units)
         self._given[self._runtime.who] += units
+
+    def asks(self, size: int) -> None:
+        """It gives one of so many bytes."""
+        self._asked += size
+        self._given[self._runtime.who] += 1
 
     def takes(self, units: int, value: Any = None) -> None:
         """The role whose turn it is takes so many, as they were given, or as they are in `value`."""
@@ -122,7 +120,7 @@ class WordMeter:
 
     def measured(self, level: dict[str, float]) -> dict[str, Any]:
         counts = {"given": dict(self._given), "taken": dict(self._taken), "looks": self._looks, "filled": self._filled}
-        given = self._sizes.get("given", 0.0)
+        given = self._sizes.get("given", self._asked / max(1, self._given.total()))
         sizes = {"given_bytes": given, "taken_bytes": self._sizes.get("taken", given)}  # of a unit
         return {"kind": self.kind, **sizes, **counts, "level": level}
 

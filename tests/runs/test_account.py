@@ -202,6 +202,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, str]] = {
         "",
         "Nobody is busy (actor 45%, inference 50%, learner 20%)|--double-buffer|--inference own",
     ),
+    "they wait for who learns to be given samples": (
+        {
+            "actor 0": role(1.0, environment=1.0, wait_replay=9.0),
+            "learner 0": role(6.0, learning=4.0, wait_requests_1=4.0),
+            "shard 0": role(2.0, wait_requests_0=8.0),
+        },
+        {},
+        "waiting",
+        "",
+        "Nobody is busy (actor 10%, learner 60%, shard 20%)|shard waits 80%, most for requests.|larger updates",
+    ),
     "messages are slow": (
         {
             "actor 0": role(4.5, environment=4.0, wait_unrolls=5.5),

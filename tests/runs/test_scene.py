@@ -94,6 +94,13 @@ def inference() -> dict[str, Any]:
     return found({"calls": "calls", "unrolls": "queue", "weights": "weights"}, flows)
 
 
+def shards() -> dict[str, Any]:
+    flows: list[Flow] = [("actor 0", "replay", 75.0), ("actor 0", "requests_0", 10.0), ("replay", "learner 0", 75.0)]
+    flows += [("learner 0", "requests_0", 70.0), ("requests_0", "shard 0", 80.0), ("learner 0", "weights", 5.0)]
+    flows += [("weights", "actor 0", 5.0)]
+    return found({"replay": "replay", "requests_0": "calls", "weights": "weights"}, flows)
+
+
 def alone() -> dict[str, Any]:
     return found({}, [], roles={"learner 0": {"busy": 1.0, "transfer": 1.0, "waiting": {}}, "keeper": {"busy": 0.0}})
 
@@ -105,7 +112,7 @@ def circle() -> dict[str, Any]:
     )
 
 
-SCENES = (actors_learner, replicas, replay, hogwild, inference, alone, circle)
+SCENES = (actors_learner, replicas, replay, hogwild, inference, shards, alone, circle)
 
 
 def test_columns_as_data_goes() -> None:
@@ -117,6 +124,8 @@ def test_columns_as_data_goes() -> None:
     assert scene(hogwild()).roles == [["learner 0", "learner 1", "evaluator 0"]]
     assert scene(hogwild()).words == [["memory", "weights"]]
     assert scene(inference()).roles == [["actor 0"], ["server 0", "learner 0"]]
+    assert scene(shards()).roles == [["actor 0"], ["learner 0", "shard 0"]]
+    assert scene(shards()).words == [["replay", "requests_0", "weights"], []]
 
 
 @pytest.mark.parametrize("make", SCENES)

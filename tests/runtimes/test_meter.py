@@ -14,9 +14,10 @@ import pytest
 import roles
 import torch
 
+from rookery.runtimes.boxes import nbytes
 from rookery.runtimes.inline import Inline
 from rookery.runtimes.local import Local
-from rookery.runtimes.meter import Meter, RoleMeter, nbytes
+from rookery.runtimes.meter import Meter, RoleMeter
 from rookery.runtimes.words import Graph
 
 RUNTIMES: dict[str, Callable[..., Any]] = {"inline": Inline, "local": functools.partial(Local, deadline=60)}
@@ -115,6 +116,7 @@ def test_flows_of_weights_replay_and_calls(runtime: str) -> None:
     found = measured(runtime, graph)["words"]["calls"]
     assert found["given"] == {"client 0": 10}
     assert found["taken"] == {"server 0": 10}
+    assert found["given_bytes"] == found["taken_bytes"] == 16
 
 
 def test_fill_is_what_whoever_gets_finds() -> None:
