@@ -212,7 +212,11 @@ class Block:
                     raise LaneError(self.first + index, f"returned NaN or an infinite number in {name}: {part[index]}.")
 
     def render(self) -> np.ndarray:
-        return np.asarray(self.envs[0].render())
+        """The first lane's picture; where that is of numbers from 0 to 1, as MinAtar's, they become bytes."""
+        picture = np.asarray(self.envs[0].render())
+        if picture.dtype.kind == "f" and picture.size and 0 <= picture.min() <= picture.max() <= 1:
+            return np.rint(255 * picture).astype(np.uint8)
+        return picture
 
     def close(self) -> None:
         for env in self.envs:

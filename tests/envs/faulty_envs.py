@@ -48,6 +48,13 @@ class Counter(gymnasium.Env):
         return np.full((4, 5, 3), self.count, np.uint8)
 
 
+class Shades(Counter):
+    """Draws itself in numbers from 0 to 1."""
+
+    def render(self):
+        return super().render() / 10
+
+
 class Tally(Counter):
     """Says in `info` which step of its episode it is at; episodes take 2 to 5."""
 

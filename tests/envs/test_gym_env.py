@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
-from faulty_envs import Counter, Nest, Tally, Words
+from faulty_envs import Counter, Nest, Shades, Tally, Words
 from gymnasium import spaces
 
 from rookery.envs import gym_worker
@@ -282,6 +283,11 @@ def test_render(make):
         picture = env.render()
         assert picture.shape == (4, 5, 3)
         assert (picture == 2).all()
+        shades = make(Shades, 1, workers=workers, render=True)
+        shades.reset()
+        rollout(shades, 2)
+        assert shades.render().dtype == np.uint8
+        assert (shades.render() == 51).all()  # 0.2 of 255
     with pytest.raises(RuntimeError, match="render=True"):
         make(Counter, 1).render()
 
