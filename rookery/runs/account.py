@@ -90,7 +90,8 @@ def account(measured: Measured) -> Account:
     `restarts` say of each role that died how many `times` it was started again, and the last `reason`.
     """
     seconds = max(measured["seconds"], 1e-9)
-    roles = {name: _role(role, seconds) for name, role in measured["roles"].items()}
+    alone = measured["processes"] == 1  # each's time is then everybody's, from the first role's first turn on
+    roles = {name: _role(role, seconds, alone) for name, role in measured["roles"].items()}
     roles[KEEPER] = {"busy": min(1.0, measured[KEEPER] / seconds)}
     flows = [
         {"from": source, "to": target, "per_second": units / seconds, "bytes_per_second": units * each / seconds}
@@ -119,8 +120,8 @@ def account(measured: Measured) -> Account:
     return {**found, "bottleneck": bottleneck(found)}
 
 
-def _role(role: Measured, seconds: float) -> dict[str, Any]:
-    whole = max(role["work"] + sum(role["waiting"].values()), 1e-9)
+def _role(role: Measured, seconds: float, alone: bool) -> dict[str, Any]:
+    whole = max(role["work"] + sum(role["waiting"].values()), seconds if alone else 1e-9)
     shares = {name: value / whole for name, value in role["activities"].items()}
     own = {"processor": role["cpu"] / whole} if role["cpu"] else {}
     shares["transfer"] = max(0.0, role["work"] / whole - sum(shares.values()))

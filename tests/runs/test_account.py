@@ -264,6 +264,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, str]] = {
         "learner",
         "All roles take turns in one process, whose time is learning 55%, environment 20%|--compile",
     ),
+    "in one process, learning from the middle on": (
+        {
+            "actor 0": role(6.0, environment=6.0, wait_replay=4.0),
+            "learner 0": role(3.0, learning=3.0, wait_replay=1.0),
+        },
+        {"processes": 1},
+        "environment",
+        "actor",
+        "whose time is environment 60%, learning 30%",
+    ),
     "in one process, acting": (
         {"actor 0": role(7.0, environment=2.0, inference=5.0, wait_unrolls=3.0), "learner 0": WAITING},
         {"processes": 1},
