@@ -75,6 +75,7 @@ class MetricsLog:
             self._file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from error
+        self.rows = sum(row.get("role") != RUNTIME for _, row in _lines(self.path))  # without the runtime's
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row: `step` (int) and whatever scalars else.
@@ -94,10 +95,7 @@ class MetricsLog:
             with contextlib.suppress(OSError):
                 self._file.truncate(end)
             raise self._unwritable(error) from error
-
-    def rows(self) -> int:
-        """How many there are, without the runtime's."""
-        return sum(row.get("role") != RUNTIME for _, row in _lines(self.path))
+        self.rows += row.get("role") != RUNTIME
 
     def truncate_after(self, step: int, rows: int | None = None) -> None:
         """Drop what came after the checkpoint at `step`, as a resume from there must: it will write that again.
@@ -107,18 +105,20 @@ class MetricsLog:
 
         Raises MetricsError; the log is then as it was.
         """
-        kept, number = [], 0
+        kept, number, left = [], 0, 0
         for line, row in _lines(self.path):
+            counts = row.get("role") != RUNTIME
             if row["step"] <= step and (rows is None or number < rows or row.get("role") == "evaluator"):
                 kept.append(line)
-            number += row.get("role") != RUNTIME
+                left += counts
+            number += counts
         try:
             write_text(self.path, b"".join(kept).decode())
             replaced = self.path.open("ab", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from error
         self._file.close()
-        self._file = replaced
+        self._file, self.rows = replaced, left
 
     def close(self) -> None:
         """Wait until the rows are on the disk, and close the file; harmless when called twice."""

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rookery.runs.metrics import RUNTIME, LastReturns
@@ -57,16 +57,25 @@ class Progress:
         self._history: list[float] = []  # the mean return at equal distances of steps
         self._next_point = start
         now = time.monotonic()
-        self._times: deque[tuple[float, int]] = deque([(now, start)])
+        self._times: deque[tuple[float, int]] = deque()  # from the first step on: before, processes are being started
         self._live = self._open() if not quiet and self._stream.isatty() and os.environ.get("TERM") != "dumb" else None
         self._every = REDRAW if self._live else LINE
         self._due = float("inf") if quiet else now + self._every
         self._news = True  # since the last line
 
+    def goes_on(self, returns: Collection[float], evaluation: Mapping[str, Any]) -> None:
+        """Begin with the last episodes and the last evaluation from before a resume."""
+        if returns:
+            self._returns.take({"episode_return": sum(returns) / len(returns), "episodes": len(returns)})
+        self._evaluation = evaluation
+
     def update(self, row: Mapping[str, Any]) -> None:
         """Take a row of metrics: `step`, `role`, `index` and values."""
         if row["step"] > self.step:
             self.step = row["step"]
+        now = time.monotonic()
+        if not self._times and row["role"] not in (RUNTIME, "evaluator"):
+            self._times.append((now, self.step))
         role = row["role"]
         if role == "learner" and row["index"] == 0:
             self._learner = row
@@ -78,7 +87,6 @@ class Progress:
             self._restarts, self._lost = self._restarts + 1, self._lost + row["dropped"]
         self._returns.take(row)
         self._news = True
-        now = time.monotonic()
         if now >= self._due:
             self._due = now + self._every
             self._show(now)
@@ -109,7 +117,8 @@ class Progress:
 
     def _draw(self, now: float) -> None:
         self._news = False
-        self._times.append((now, self.step))
+        if self._times:
+            self._times.append((now, self.step))
         while len(self._times) > 2 and now - self._times[1][0] > WINDOW:
             self._times.popleft()
         if self._returns.episodes and self.step >= self._next_point:
@@ -149,6 +158,8 @@ class Progress:
 
     def _pace(self) -> list[str]:
         """Steps/s over the last seconds, and the time left at that pace."""
+        if not self._times:
+            return []
         (then, before), (now, after) = self._times[0], self._times[-1]
         pace = (after - before) / (now - then) if now > then else 0.0
         if pace <= 0:

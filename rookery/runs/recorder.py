@@ -80,7 +80,7 @@ class Recorder:
             "evaluation": dict(self._evaluation),
             "steps": dict(self.steps),
             "lags": dict(self._lags),
-            "rows": self.log.rows(),
+            "rows": self.log.rows,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -90,6 +90,8 @@ class Recorder:
         self._evaluation = dict(state["evaluation"])
         self.steps = dict(state["steps"])
         self._lags = dict(state.get("lags", {}))
+        if self._progress is not None:
+            self._progress.goes_on(self._returns, self._evaluation)
 
     def close(self) -> None:
         """Close the progress display, the sinks and the log; harmless when called twice."""

@@ -180,12 +180,12 @@ def test_rows_of_the_runtime_do_not_count(tmp_path: Path) -> None:
         log.append({"step": step, "role": "learner"})
         log.append({"step": step, "role": "runtime"})
         log.append({"step": step, "role": "runtime"})
-    assert log.rows() == 6
+    assert log.rows == 6
     log.truncate_after(4, rows=3)
     kept = [(row["step"], row["role"]) for row in read(log.path)]
     assert [step for step, role in kept if role == "learner"] == [0, 1, 2]
     assert kept[-1] == (2, "learner")
-    assert log.rows() == 3
+    assert log.rows == 3
 
 
 @given(st.lists(st.tuples(st.floats(-500, 500), st.integers(1, 130)), min_size=1, max_size=40))

@@ -66,6 +66,27 @@ def test_piped_is_a_line_every_five_seconds(clock: Clock) -> None:
     assert "\x1b" not in stream.getvalue()
 
 
+def test_the_start_of_processes_is_no_pace(clock: Clock) -> None:
+    stream = io.StringIO()
+    shown = Progress(200_000, stream=stream)
+    clock.now += 60.0
+    run(shown, clock, 1000)
+    shown.close()
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("1,000/200,000 steps (0%)  return 1.0")
+    assert lines[1].startswith("41,000/200,000 steps (20%)  8,000 steps/s  0:19 left")
+
+
+def test_goes_on_with_the_last_episodes(clock: Clock) -> None:
+    stream = io.StringIO()
+    shown = Progress(200_000, start=100_000, stream=stream)
+    shown.goes_on([40.0] * 99 + [140.0], {"eval_return_mean": 90.0, "eval_return_std": 1.25})
+    clock.now += 5.0
+    shown.update(row(101_000, "actor", episode_return=50.0, episode_length=10))
+    shown.close()
+    assert "return 41.1 (last 101 episodes)  evaluation 90.0 ± 1.2" in stream.getvalue()  # 4140 and 50
+
+
 def measured(processes: int) -> dict[str, Any]:
     shares = {"actor_busy": 0.931, "learner_busy": 0.4, "unrolls_fill": 0.5, "restarts": 0}
     return {**shares, "measured": {"processes": processes, "bottleneck": {"limit": "environment"}}}
