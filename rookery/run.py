@@ -320,8 +320,9 @@ def layout(system: System, algorithm: Algorithm, options: Options) -> dict[str, 
         value = getattr(options, each.name)
         if each.name in LAYOUT and each.name not in system.takes and value != each.default:
             others = ", ".join(other.name for other in SYSTEMS.values() if each.name in other.takes)
-            where = f"it is for {others}" if others else "leave it out"
-            raise Refused(f"{each.name}={value}: {system.name} runs as {system.topology}, which has none; {where}.")
+            where = f", or use one of {others}" if others else ""
+            runs = f"{system.name} runs as {system.topology}, which does not take that"
+            raise Refused(f"{each.name}={value}: {runs}; leave it out{where}.")
     plan = algorithm.plan
     if isinstance(plan, ReplayPlan):
         joins = plan.ahead > 0 and hasattr(system.module, "actor")

@@ -427,13 +427,14 @@ class Local:
         why = _brief(reason, str(error))
         self.meter.role(member.name).dies(lost, why, time.perf_counter())
         own = None if isinstance(error, (EOFError, OSError)) else error  # those say only that its process has ended
-        log.warning("%s failed: %s", member.name, reason, exc_info=own)
         member.over = True  # if it is not started again
         if member.failures >= self.failures:
             raise RoleError(f"{member.name} failed {member.failures} times in a row: {reason}") from error
         if len(member.deaths) >= self.often:
             within = f"{len(member.deaths)} times within {WINDOW / 60:g} minutes"
             raise RoleError(f"{member.name} failed {within}: {reason}") from error
+        held = f", and {lost:,} unit{'s' if lost > 1 else ''} of its work dropped" if lost else ""
+        log.warning("%s failed: %s; it is started again%s.", member.name, reason, held, exc_info=own)
         self.restarts += 1
         row = {"restarted": member.name, "dropped": lost, "reason": why}
         self.report("runtime", member.spec.index, self.steps, row)

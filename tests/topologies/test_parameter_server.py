@@ -396,7 +396,7 @@ def test_one_bundle_in_processes_is_the_one_inline(shards: int, tmp_path: Path) 
         (lambda: parameter_server.check(PPO(), 8, 1, 1, 0, 0.0), "PPO learns from each unroll at once"),
         (lambda: parameter_server.check(DQN(ahead=2), 8, 1, 1, 0, 0.0), "ahead=2: .* leave it out"),
         (lambda: parameter_server.check(DQN(capacity=2_000), 8, 100, 1, 0, 0.0), "use capacity=24 or more"),
-        (lambda: rookery.train("dqn", CART, max_delay=2), "max_delay=2: dqn .* it is for gorila"),
+        (lambda: rookery.train("dqn", CART, max_delay=2), "max_delay=2: dqn .* or use one of gorila"),
         (lambda: rookery.train("gorila", CART, ahead=1), "ahead=1"),
         (lambda: rookery.train("gorila", CART, learners=2), "learners=2: gorila runs as parameter_server"),
     ],
