@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import begin, finish, interval, machine, parser, table
+from common import RESULTS, begin, finish, interval, machine, parser, table
 from kept import keeping, keeps, told
 
 ENV, GOAL, EVERY, BUDGET = "CartPole-v1", 475.0, 2_500, 300_000  # EVERY and BUDGET are steps
@@ -89,7 +89,7 @@ def main() -> None:
     flags = parser(__doc__ or "", rounds=10)
     flags.add_argument("--workers", default="1,2,4,8", help="numbers of workers, the first to compare with")
     flags.add_argument("--runtime", choices=("local", "inline"), default="local")
-    keeping(flags, "a3c_workers")
+    keeping(flags, "a3c_workers", RESULTS / "kept")
     args = begin(flags, {"train": train})
     about = machine(args.cores)
     rule = SMOKE if args.smoke else {"goal": GOAL, "every": EVERY, "budget": BUDGET}

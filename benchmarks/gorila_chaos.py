@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import begin, chosen, finish, machine, parser, table
+from common import RESULTS, begin, chosen, finish, machine, parser, table
 from kept import keeping, keeps, told
 
 from rookery.algorithms.dqn import DQN
@@ -151,7 +151,7 @@ def main() -> None:
     flags = parser(__doc__ or "", rounds=5)
     flags.add_argument("--steps", type=int, default=0, help="0 takes the recipe's")
     flags.add_argument("--only", default="", help="parts of the names of those to run, separated by semicolons")
-    keeping(flags, "gorila_chaos")
+    keeping(flags, "gorila_chaos", RESULTS / "kept")
     args = begin(flags, {"train": train})
     about, steps, kills = machine(args.cores), 3_000 if args.smoke else args.steps, 6.0 if args.smoke else 0.0
     variants = {
