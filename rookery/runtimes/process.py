@@ -12,9 +12,10 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -284,6 +285,8 @@ def main(connection: Connection, spec: RoleSpec, seed: int, saved: dict[str, Any
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the runtime decides
     signal.signal(signal.SIGTERM, lambda *_: None)  # and so does one to the whole group; not inherited by exec
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SHELTERED)
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(f"{spec.name} {spec.index}")  # for `top` and `ps` (Linux)
     _die_with_parent()
     torch.set_num_threads(threads)
     live(Link(connection), spec, seed, saved)

@@ -581,6 +581,8 @@ def test_a_signal_to_who_is_only_being_started(command: Command, number: signal.
 
 def test_nobody_outlives_a_killed_runtime(command: Command) -> None:
     command.wait_until_learning()
+    called = {Path(f"/proc/{pid}/comm").read_text().strip() for pid in family(command.marker)}
+    assert called >= {"actor 0", "actor 1", "learner 0", "evaluator 0"}  # what `top` and `ps` show
     command.process.kill()
     command.process.wait()
     assert eventually(lambda: not family(command.marker), patience=5.0), "a process is left"
