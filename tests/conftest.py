@@ -1,5 +1,6 @@
 """Shapes and types in the signatures of these modules are checked whenever tests call them."""
 
+import tensordict  # noqa: F401  # before the first run with processes, which inherit what was imported by then
 from jaxtyping import install_import_hook
 
 CHECKED = ["rookery.estimators", "rookery.data.unroll"]

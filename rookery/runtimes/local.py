@@ -15,6 +15,7 @@ import pickle
 import re
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,6 +42,7 @@ SILENT = ("box", "content")  # messages that nobody goes on for
 ASIDE = ("box", "count")  # questions that are answered at once, and lend no work
 GRACE = 5.0  # seconds that a role has to close what it holds
 WINDOW = 600.0  # seconds in which deaths are counted
+LARGE = ("tensordict",)  # modules of which each role would import its own, seconds long, where the run needs them
 STARTS = 4  # attempts to start a process, the second after
 PAUSE_BEFORE = 0.1  # seconds, the third after twice as many
 LONG = 200  # characters of an error's message in a row of metrics
@@ -174,9 +176,8 @@ class Local:
 
     def _prepare(self, graph: Graph) -> None:
         # One process imports what roles need, and each role is a fork of it: 10 ms instead of 1.5 s.
-        self._context.set_forkserver_preload(
-            [main.__module__, *sorted({spec.function.__module__ for spec in graph.roles})]
-        )
+        modules = {main.__module__, *(spec.function.__module__ for spec in graph.roles)}
+        self._context.set_forkserver_preload([*sorted(modules), *(name for name in LARGE if name in sys.modules)])
         multiprocessing.util.get_temp_dir()  # one for all processes: a killed one cannot remove its own
         _open_many_files()
         self._quiet.clear()
