@@ -85,7 +85,9 @@ def test_a_run_is_measured(system: str, more: dict[str, Any], tmp_path: Path) ->
         if name != "keeper":
             parts = [role.get(part, 0.0) for part in ("environment", "inference", "learning", "evaluation", "transfer")]
             assert sum(parts) == pytest.approx(role["busy"], abs=1e-6)
-            assert role["busy"] + sum(role["waiting"].values()) == pytest.approx(1.0)
+            whole = role["busy"] + sum(role["waiting"].values())
+            assert whole <= 1 + 1e-6  # in one process the time before its first turn is neither
+            assert whole == pytest.approx(1.0) or summary["processes"] == 1
     actor, learner = summary["roles"]["actor 0"], summary["roles"]["learner 0"]
     assert min(actor["environment"], actor["inference"], actor["steps_per_second"]) > 0
     assert min(learner["learning"], learner["steps_per_second"]) > 0

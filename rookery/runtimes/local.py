@@ -523,8 +523,9 @@ def _heard(connections: Iterable[Connection], seconds: float) -> list[Connection
 def _sheltered() -> Iterator[None]:
     """A process that is started here is spared the signals to this one's group; it can change that for itself."""
     resource_tracker.ensure_running()  # the server of forks begins it otherwise, and that lets the signal through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SHELTERED)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SHELTERED)  # for one that came before, this may raise
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
