@@ -7,7 +7,7 @@ STEPS ?= 150000
 ARGS ?=
 JOBS ?= 2
 # One thread a process: tests run side by side, and small networks lose by sharing a product over cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses $(JOBS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses $(JOBS) --dist worksteal --durations 15
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev train test test-slow check arrows fix docs bench clean

@@ -17,6 +17,7 @@ from rookery.nn.norm import RunningNorm
 __all__ = ["Outliers", "Shard", "slices"]
 
 RHO = 1e-3  # share of a new loss in the running mean and variance
+COUNTED = 5.0  # deviations: a loss further above the mean counts as one that is so far above it
 
 
 def slices(whole: FlatParameters, shards: int) -> list[dict[str, slice]]:
@@ -143,7 +144,8 @@ class Shard:
 class Outliers:
     """Which losses lie far above what is usual: running mean and deviation of |loss| (Nair et al. 2015, section 4).
 
-    An outlier counts as the limit it passed: one alone does not move the limit far, and a lasting change is learnt.
+    A loss counts as at most `COUNTED` deviations above the mean: some do not move the limit far (were it the limit of
+    30 deviations, an outlier would nearly double the variance), and a lasting change is learnt.
 
     Args:
         deviations: c; a loss is an outlier above mean + c deviations. 0 for none.
@@ -161,11 +163,11 @@ class Outliers:
         size = abs(loss)
         if self.losses == 0:  # one loss says nothing of the deviation, so it stands for that too
             self.mean, self.variance = size, size**2
-        limit = self.mean + self.deviations * math.sqrt(self.variance)
-        outlier = size > limit
+        deviation = math.sqrt(self.variance)
+        outlier = size > self.mean + self.deviations * deviation
         self.losses, self.dropped = self.losses + 1, self.dropped + outlier
         rate = max(RHO, 1 / (self.losses + 1))
-        error = min(size, limit) - self.mean
+        error = min(size - self.mean, min(self.deviations, COUNTED) * deviation)
         self.mean += rate * error
         self.variance += rate * (error**2 - self.variance)
         return outlier

@@ -50,6 +50,16 @@ ALIKE = ("async_a2c", "dqn_512", "c51_2048")
 
 each_system = pytest.mark.parametrize("system", [system for system in SYSTEMS if system not in ALIKE])
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
+# The first of each topology, and one whose actors are ahead of its learner; the others are slow.
+FIRST = {SYSTEMS[name].topology: name for name in reversed(SYSTEMS)}.values()
+each_system_in_time = pytest.mark.parametrize(
+    "system",
+    [
+        pytest.param(name, marks=[] if name in (*FIRST, "apex") else [pytest.mark.slow])
+        for name in SYSTEMS
+        if name not in ALIKE
+    ],
+)
 
 
 def run(system: str, path: Path, variant: str = "plain", **more: Any) -> rookery.Run:
@@ -151,7 +161,7 @@ def interrupt(system: str, path: Path, number: signal.Signals, ready: Callable[[
     return process.exitcode, steps[-1] if steps else -1
 
 
-@each_system
+@each_system_in_time
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_signalled_at_a_random_moment(system: str, number: signal.Signals, whole: Any, tmp_path: Path) -> None:
     expected = whole(system, steps=LONG)

@@ -201,6 +201,16 @@ def test_outliers_are_dropped_and_counted() -> None:
     assert not any(Outliers(0.0).drop(loss) for loss in losses)
 
 
+@pytest.mark.parametrize("deviations", [5.0, 30.0])
+def test_rare_outliers_do_not_become_usual(deviations: float) -> None:
+    """One loss in a hundred is of another kind for ever, and each of those is found."""
+    generator = torch.Generator().manual_seed(0)
+    usual = (torch.rand(10_000, generator=generator) + 0.5).tolist()
+    outliers = Outliers(deviations)
+    found = [number for number, loss in enumerate(usual) if outliers.drop(1000 * loss if number % 100 == 99 else loss)]
+    assert found == list(range(99, 10_000, 100))
+
+
 def test_a_lasting_change_of_the_loss_is_learnt() -> None:
     generator = torch.Generator().manual_seed(0)
     usual = (torch.rand(3_000, generator=generator) + 0.5).tolist()
