@@ -14,21 +14,20 @@ import multiprocessing.util
 import pickle
 import re
 import select
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from multiprocessing import resource_tracker
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from rookery.runtimes.arrivals import DIED, KEPT, MESSAGE, MOVED, PAUSE, RELENT, RESUME, TURN, Arrivals
 from rookery.runtimes.boxes import fill, packed, unpacked
+from rookery.runtimes.forks import preload, started
 from rookery.runtimes.inline import Deadlock, RoleError, State, restore, role_seed
 from rookery.runtimes.local_words import WORDS, Box, Member
 from rookery.runtimes.meter import WORK, Meter
-from rookery.runtimes.process import SHELTERED, UNGUARDED, main
+from rookery.runtimes.process import UNGUARDED, main
 from rookery.runtimes.words import Graph
 
 __all__ = ["Local"]
@@ -90,8 +89,6 @@ class Local:
         self._paused = False
         self._stirred = False  # whether a question, as it was first looked at, changed anything for others
         self._owing: set[int] = set()  # members whose state was asked for
-        kinds = multiprocessing.get_all_start_methods()
-        self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
 
     # Boxes.
 
@@ -175,9 +172,8 @@ class Local:
         """Between turns: move roles that are to go on elsewhere; here there is no elsewhere."""
 
     def _prepare(self, graph: Graph) -> None:
-        # One process imports what roles need, and each role is a fork of it: 10 ms instead of 1.5 s.
         modules = {main.__module__, *(spec.function.__module__ for spec in graph.roles)}
-        self._context.set_forkserver_preload([*sorted(modules), *(name for name in LARGE if name in sys.modules)])
+        preload([*sorted(modules), *(name for name in LARGE if name in sys.modules)])
         multiprocessing.util.get_temp_dir()  # one for all processes: a killed one cannot remove its own
         _open_many_files()
         self._quiet.clear()
@@ -395,12 +391,10 @@ class Local:
 
     def _start(self, member: Member) -> None:
         for attempt in range(STARTS):
-            member.connection, theirs = self._context.Pipe()
+            member.connection, theirs = multiprocessing.Pipe()
             args = (theirs, member.spec, member.seed, member.kept, self.threads)
-            process = self._context.Process(target=main, args=args, name=member.name, daemon=True)
             try:
-                with _sheltered():
-                    process.start()
+                process = started(main, args, member.name)
                 break
             except (AttributeError, TypeError, pickle.PicklingError) as error:
                 raise ValueError(
@@ -517,18 +511,6 @@ def _heard(connections: Iterable[Connection], seconds: float) -> list[Connection
     for number in at:
         poll.register(number, select.POLLIN)
     return [at[number] for number, _ in poll.poll(seconds * 1000)]
-
-
-@contextlib.contextmanager
-def _sheltered() -> Iterator[None]:
-    """A process that is started here is spared the signals to this one's group; it can change that for itself."""
-    resource_tracker.ensure_running()  # the server of forks begins it otherwise, and that lets the signal through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SHELTERED)  # for one that came before, this may raise
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _open_many_files() -> None:

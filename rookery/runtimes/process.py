@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from rookery.runtimes.boxes import copied, fill, fits, packed, pour, unpacked
+from rookery.runtimes.forks import SHELTERED
 from rookery.runtimes.inline import restore
 from rookery.runtimes.meter import Told, combined, told
 from rookery.runtimes.words import Part, Published, RoleSpec, Stateful
@@ -28,7 +29,6 @@ from rookery.runtimes.words import Part, Published, RoleSpec, Stateful
 __all__ = ["UNGUARDED", "Ended", "Link", "begun", "leave_if_imported", "live", "main"]
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
-SHELTERED = {signal.SIGINT, signal.SIGTERM}  # of which a process that is being started is spared
 SHARE = 0.01  # of a role's time that may go into handing over its state
 UNGUARDED = 78  # exit status of a process whose script would train all over (EX_CONFIG of sysexits.h)
 TELL = 0.25  # seconds between two accounts of a role's work

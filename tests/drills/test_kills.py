@@ -15,7 +15,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import pytest
 import torch
 
 import rookery
+from rookery.runtimes import forks
 from rookery.runtimes.inline import RoleError
 from rookery.runtimes.local import Local, _brief
 from rookery.runtimes.words import Graph
@@ -45,7 +45,7 @@ def eventually(holds: Callable[[], bool], patience: float = PATIENCE) -> bool:
 
 def children() -> list[int]:
     """Of the server of forks: the roles' processes."""
-    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    server = forks.SERVER._forkserver_pid
     if server is None:
         return []
     with contextlib.suppress(FileNotFoundError):
@@ -207,7 +207,7 @@ def test_the_server_of_forks_may_die() -> None:
 
     def between(steps: int, snapshot: Callable[[], Any]) -> bool:
         if steps >= 60 and not killed:
-            killed.append(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
+            killed.append(forks.SERVER._forkserver_pid)
             os.kill(killed[0], signal.SIGKILL)
         return False
 
@@ -216,6 +216,16 @@ def test_the_server_of_forks_may_die() -> None:
     state = local.run(mortals.in_step(2, until=300), between)
     assert local.restarts >= 4
     assert state["steps"] == 300
+
+
+def test_other_processes_of_the_program_hear_signals() -> None:
+    """Roles are spared them while they begin; what else the program starts by multiprocessing is not."""
+    Local(lambda *_: None, deadline=PATIENCE).run(mortals.in_step(1, until=10), lambda *_: False)
+    other = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(PATIENCE,))
+    other.start()
+    other.terminate()
+    other.join(PATIENCE / 2)
+    assert other.exitcode == -signal.SIGTERM
 
 
 # Who cannot be helped.
