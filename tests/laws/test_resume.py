@@ -118,7 +118,7 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
 
 @each_variant
 @each_system
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rounds=strategies.lists(strategies.integers(1, 9), min_size=1, max_size=2))
 @example(rounds=[2])  # between two actors' turns
 def test_stopped_after_a_round(

@@ -27,7 +27,7 @@ SMALL = {"unroll": 4, "epochs": 2, "minibatches": 2, "hidden": (8,), "memory_siz
 SMALL |= {"batch": 8, "capacity": 96, "learning_starts": 24, "updates_per_step": 0.25}
 SMALL |= {"target_period": 3, "epsilon_steps": 50, "quantiles": 8}
 RUN = {"steps": 160, "envs": 4, "eval_episodes": 2, "log_every": 16, "eval_every": 48, "sinks": ()}
-RUN |= {"device": "cpu", "threads": 1}
+RUN |= {"device": "cpu", "threads": 1, "compile": False}  # some recipes compile, for seconds
 FEW = {"a3c": {"learners": 2}, "gorila": {"actors": 2, "shards": 2}}  # in place of the preset's, or the recipe's
 
 
