@@ -19,6 +19,7 @@ from torch.nn import functional as F
 __all__ = [
     "Limits",
     "VTrace",
+    "categorical_divergence",
     "categorical_projection",
     "gae",
     "huber",
@@ -254,6 +255,20 @@ def categorical_projection(support: Tensor, probability: Tensor, reward: Tensor,
     place = (moved - low) * ((len(support) - 1) / (high - low))  # in atoms
     share = (1 - (place.unsqueeze(-2) - atoms.unsqueeze(-1)).abs()).clamp(min=0)  # [..., i, j]
     return (share * probability.unsqueeze(-2)).sum(-1)
+
+
+def categorical_divergence(target: Tensor, logits: Tensor) -> Tensor:
+    """KL(m ‖ p) of distributions on the same atoms, `[...]`: C51's cross-entropy above its least (Hessel et al. 2018, section 3).
+
+    Never below 0, as rounding would have it where the two are nearly the same: it is a priority, too.
+
+    Not annotated with shapes, as `valid_mean` is not.
+
+    Args:
+        target: `[..., K]`, m.
+        logits: `[..., K]`, of which p is the softmax.
+    """
+    return (torch.xlogy(target, target) - target * logits.log_softmax(-1)).sum(-1).clamp(min=0)
 
 
 def quantile_huber(quantile: Tensor, fraction: Tensor, target: Tensor, threshold: float = 1.0) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from torch import Tensor
 from rookery import estimators
 from rookery.estimators import (
     Limits,
+    categorical_divergence,
     categorical_projection,
     gae,
     linear_recurrence,
@@ -535,3 +538,19 @@ def test_shapes_are_checked_in_tests() -> None:
 
 def test_all_names_exist() -> None:
     assert all(hasattr(estimators, name) for name in estimators.__all__)
+
+
+def test_categorical_divergence() -> None:
+    """Rounding makes no priority negative, and elsewhere it is the definition in float64."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(10_000, 51, generator=generator)
+    same = logits.softmax(-1)
+    assert (torch.xlogy(same, same) - same * logits.log_softmax(-1)).sum(-1).min() < 0  # what it guards against
+    found = categorical_divergence(same, logits)
+    assert 0 <= found.min() <= found.max() < 1e-6
+    target = torch.randn(10_000, 51, generator=generator).softmax(-1).index_fill(1, torch.tensor([3]), 0.0)
+    expected = [
+        sum(m * math.log(m / p) for m, p in zip(*each, strict=True) if m)
+        for each in zip(target[:20].double().tolist(), logits[:20].double().softmax(-1).tolist(), strict=True)
+    ]
+    close(categorical_divergence(target[:20], logits[:20]), torch.tensor(expected), 1e-5)

@@ -16,7 +16,7 @@ import torch
 
 from rookery.algorithms.base import Batch, Loss, Network, Now, Refused
 from rookery.algorithms.off_policy import QLearning, greedy_next, of_action, q_loss
-from rookery.estimators import categorical_projection
+from rookery.estimators import categorical_divergence, categorical_projection
 
 if TYPE_CHECKING:
     from rookery.envs.spec import EnvSpec
@@ -53,5 +53,4 @@ class C51(QLearning):
             following = greedy_next(self, net, target, batch).softmax(-1)
             aim = categorical_projection(net.support, following, batch["reward"], batch["discount"])
         # KL(m ‖ p): the gradient of the cross-entropy, and 0 where nothing is left to learn
-        divergence = (torch.xlogy(aim, aim) - aim * logits.log_softmax(-1)).sum(-1)
-        return q_loss(divergence, net.mean(logits), (aim * net.support).sum(-1), batch)
+        return q_loss(categorical_divergence(aim, logits), net.mean(logits), (aim * net.support).sum(-1), batch)

@@ -19,7 +19,7 @@ from torch import Tensor
 from rookery.algorithms.base import Acted, Batch, Explore, Loss, Network, Now, Part, Refused
 from rookery.algorithms.continuous import actor_critic_parts, gaussian_scale, with_noise
 from rookery.algorithms.off_policy import OffPolicy, weighted_mean
-from rookery.estimators import categorical_projection
+from rookery.estimators import categorical_divergence, categorical_projection
 
 if TYPE_CHECKING:
     from rookery.envs.spec import EnvSpec
@@ -79,7 +79,7 @@ class D4PG(OffPolicy):
 
         features = net.encode(batch["obs"])
         logits = net.critics(features, net.flat(batch["action"])).squeeze(0)
-        divergence = (torch.xlogy(y, y) - y * logits.log_softmax(-1)).sum(-1)  # cross-entropy above its least
+        divergence = categorical_divergence(y, logits)
         critic_loss = weighted_mean(divergence, batch)
 
         features = features.detach()
