@@ -258,9 +258,10 @@ def categorical_projection(support: Tensor, probability: Tensor, reward: Tensor,
 
 
 def categorical_divergence(target: Tensor, logits: Tensor) -> Tensor:
-    """KL(m ‖ p) of distributions on the same atoms, `[...]`: C51's cross-entropy above its least (Hessel et al. 2018, section 3).
+    """KL(m ‖ p) of distributions on the same atoms, `[...]`: the cross-entropy above its least.
 
-    Never below 0, as rounding would have it where the two are nearly the same: it is a priority, too.
+    Its gradient is the cross-entropy's, C51's loss; and it is Rainbow's priority (Hessel et al. 2018, section 3), so it
+    is never below 0, as rounding would have it where the two are nearly the same.
 
     Not annotated with shapes, as `valid_mean` is not.
 
