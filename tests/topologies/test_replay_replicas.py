@@ -19,7 +19,7 @@ from rookery.train import Keeper
 
 RUN: dict[str, Any] = {"envs": 2, "unroll": 4, "steps": 600, "eval_every": 300, "eval_episodes": 2, "batch": 24}
 RUN |= {"updates_per_step": 0.25, "learning_starts": 50, "hidden": (16,), "sinks": (), "device": "cpu", "threads": 1}
-RUN |= {"quiet": True, "env_options": {"max_steps": 60}, "compile": False}
+RUN |= {"quiet": True, "env_options": {"max_steps": 60}}
 # Systems without noise in their losses; with it, replicas draw their own.
 PLAIN: dict[str, dict[str, Any]] = {
     "dqn": {"alpha": 0.6, "double": True, "normalize_obs": True, "target_period": 10},
