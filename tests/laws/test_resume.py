@@ -43,13 +43,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "asking seldom": {**HOME, "actors": 2, "inference": "shared", "unrolls": 4},
     "transformed": {**HOME, "actors": 2, "frame_stack": 3, "clip_reward": True},
 }
+COMPILED = {**HOME, "compile": True}  # takes up to a minute a system
 LONG = 1_920  # steps of the runs that are interrupted from outside
 
 # Of systems that differ in numbers alone, one stands for all: A3C, DQN and C51 for these.
 ALIKE = ("async_a2c", "dqn_512", "c51_2048")
 
 each_system = pytest.mark.parametrize("system", [system for system in SYSTEMS if system not in ALIKE])
-each_variant = pytest.mark.parametrize("variant", VARIANTS)
+each_variant = pytest.mark.parametrize("variant", [*VARIANTS, pytest.param("compiled", marks=pytest.mark.slow)])
 # The first of each topology, and one whose actors are ahead of its learner; the others are slow.
 FIRST = {SYSTEMS[name].topology: name for name in reversed(SYSTEMS)}.values()
 each_system_in_time = pytest.mark.parametrize(
@@ -64,7 +65,7 @@ each_system_in_time = pytest.mark.parametrize(
 
 def run(system: str, path: Path, variant: str = "plain", **more: Any) -> rookery.Run:
     """Train the smallest run of a variant; skips what the system does not have."""
-    options = {**VARIANTS[variant], **more}
+    options = {**(COMPILED if variant == "compiled" else VARIANTS[variant]), **more}
     fields = {field.name for field in dataclasses.fields(find(system).algorithm_class())}
     fields |= {field.name for field in dataclasses.fields(rookery.Options)}
     if options.keys() - fields - {"env"}:
@@ -118,7 +119,7 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
 
 @each_variant
 @each_system
-@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rounds=strategies.lists(strategies.integers(1, 9), min_size=1, max_size=2))
 @example(rounds=[2])  # between two actors' turns
 def test_stopped_after_a_round(
