@@ -37,8 +37,8 @@ def keeps(
     """Run A B C, A B C, ... in processes of their own, each with `seed`, the number of its round from 0 on.
 
     A result also gets its `seed`, when it began (`at`), on which processor (`cpu`) and how busy the machine was then
-    (`load`). It is kept once it is there; a run that fails, or takes longer than `limit` seconds, is left out, and
-    tried again by the next call.
+    (`load`). It is kept once it is there, apart from those of other settings or of another number of cores; a run that
+    fails, or takes longer than `limit` seconds, is left out, and tried again by the next call.
 
     Returns:
         Each variant's results, and of those left out who failed of what.
@@ -48,7 +48,7 @@ def keeps(
     for seed in range(args.rounds):
         for name, variant in variants.items():
             spec = {**variant, "seed": seed}
-            path = args.runs / f"{_named(name, {**spec, 'cores': args.cores})}.json"
+            path = args.runs / f"{_named(name, {**spec, 'cores': len(args.cores)})}.json"
             if kept := path.exists() and not args.smoke:
                 result = json.loads(path.read_text())
             elif args.kept:
