@@ -139,6 +139,8 @@ def _word(word: Measured) -> dict[str, Any]:
         found["fill"] = level["fill"]
     if level.get("inserts"):
         found["samples_per_insert"] = level["samples"] / level["inserts"]
+    if "units" in word:
+        found["units"] = word["units"]
     return found
 
 
@@ -198,7 +200,7 @@ def flat(found: Account) -> dict[str, float]:
         if "steps_per_second" in mean:
             values[f"{kind}_steps_per_second"] = mean["steps_per_second"]
     for name, word in found["words"].items():
-        values |= {f"{name}_{level}": value for level, value in word.items() if level != "kind"}
+        values |= {f"{name}_{level}": value for level, value in word.items() if level not in ("kind", "units")}
     restarts = sum(role["times"] for role in found["restarts"].values())
     return {**values, "restarts": restarts, "dropped": sum(found["dropped"].values())}
 

@@ -84,8 +84,10 @@ class InlineQueue:
         while self._saved:
             saved, slot = self._saved.pop(0), make()
             slot.load_state(saved["slot"])
+            self.meter.lends()
             self.put(self._own(slot, saved["index"]))
         await until(lambda: bool(self._free[index]) or self._made[index] < self.each, "a free slot", self.meter.name)
+        self.meter.lends()
         return self._free[index].pop() if self._free[index] else self._own(make(), index)
 
     def _own(self, slot: Any, index: int) -> Any:
@@ -107,6 +109,11 @@ class InlineQueue:
     def release(self, slots: list[Any]) -> None:
         for slot in slots:
             self._free[self._owner[id(slot)]].append(slot)
+
+    @property
+    def level(self) -> dict[str, float]:
+        """How many filled slots nobody has taken."""
+        return {"untaken": len(self._filled)}
 
     def state(self) -> State:
         filled = [{"index": self._owner[id(slot)], "slot": slot.state()} for slot in self._filled]

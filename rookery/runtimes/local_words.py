@@ -112,6 +112,7 @@ class LocalQueue(InlineQueue):
         """Take back what a dead role held: what it read goes back to the front; gives how many units are lost."""
         self.release(filling)
         self._filled.extendleft(reversed(reading))
+        self.meter.reclaims(len(filling), len(reading))
         return len(filling)
 
     @property

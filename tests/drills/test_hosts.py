@@ -85,6 +85,15 @@ def joined(run: Training) -> list[str]:
     return [row["joined"] for row in run.rows("joined")]
 
 
+def check_units(run: Training) -> dict[str, int]:
+    """Whatever dies: each unit that was begun is learnt from, lost with its actor, or still there; gives the last."""
+    accounts = [row["measured"]["words"]["unrolls"]["units"] for row in run.rows("measured")]
+    for units in accounts:
+        assert units["begun"] == sum(many for name, many in units.items() if name != "begun"), units
+        assert min(units.values()) >= 0, units
+    return accounts[-1]
+
+
 def test_hosts_come_and_go(three: hosts.Hosts, capsys: pytest.CaptureFixture[str]) -> None:
     """One joins, one is killed, a link is slow and then cut, one leaves, the driver dies: each time the run goes on."""
     took = {f"start of host {host}": three.start(host) for host in (0, 1)}
@@ -116,11 +125,13 @@ def test_hosts_come_and_go(three: hosts.Hosts, capsys: pytest.CaptureFixture[str
     assert len(restarted(run)) == restarts
     three.start(2)
     assert "learner 0" not in restarted(run)
-    reached = run.steps()
+    reached, units = run.steps(), check_units(run)
+    assert units["lost"] >= 1, "two hosts died at work"
     run.resume(reached + 10_000)
     summary = run.summary()
+    check_units(run)
     with capsys.disabled():
-        print("", *(f"{what}: {seconds:.1f} s" for what, seconds in took.items()), sep="\n")
+        print("", *(f"{what}: {seconds:.1f} s" for what, seconds in took.items()), f"units: {units}", sep="\n")
     assert summary["steps"] >= reached + 10_000
 
 

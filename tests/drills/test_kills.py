@@ -150,6 +150,10 @@ def test_every_role_may_die(seed: int) -> None:
     deaths = [row[3] for row in rows if row[0] == "runtime"]
     assert sum(death["dropped"] for death in deaths) == local.dropped
     assert {death["reason"] for death in deaths} == {"its process ended (signal 9)"}
+    units = local.measured()["words"]["queue"]["units"]
+    assert units["begun"] == units["taken"] + units["lost"] + units["unfinished"] + units["untaken"]
+    assert 0 <= units["lost"] <= local.dropped
+    assert units["unfinished"] == sum(len(member.filling) for member in local.members)
     check_lessons([row for row in rows if row[0] == "learner"], state)
 
 
