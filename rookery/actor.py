@@ -82,6 +82,17 @@ def new_unroll(algorithm: Algorithm, example: tuple[dict[str, Obs], bool], state
     return unroll
 
 
+def _outliving(act: Callable[..., Acted]) -> Callable[..., Acted]:
+    """Acting whose results are still there after the next call: a CUDA graph writes its own to the same memory."""
+
+    def acting(*args: Any) -> Acted:
+        acted = act(*args)
+        record = {name: value.clone() for name, value in acted.record.items()}
+        return Acted(acted.action.clone(), record, acted.state.clone())
+
+    return acting
+
+
 class Collector:
     """Steps an environment with an algorithm's policy, T rows at a time.
 
@@ -124,7 +135,8 @@ class Collector:
         if whole:  # no clock inside what is compiled
             self._rows = self._timed("environment and inference", compiled(self._collect, graphs))
         else:
-            self._act = self._timed("inference", compiled(self._choose, graphs) if compile else self._choose)
+            act = compiled(self._choose, graphs) if compile else self._choose
+            self._act = self._timed("inference", _outliving(act) if graphs else act)
             self._step = self._timed("environment", env.step)
         self._scale = torch.ones(env.lanes, device=env.device)  # of exploration
         self._obs = env.reset(seed)

@@ -10,15 +10,15 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 
-from rookery.algorithms.base import Algorithm
+from rookery.algorithms.base import Algorithm, fitting
 from rookery.envs.spec import EnvSpec, dtype_of, leaves
 from rookery.envs.vector import VectorEnv
 from rookery.nn.compiled import fast_bf16
-from rookery.systems import SYSTEMS, find, recipe
+from rookery.systems import SYSTEMS, find, name_of, recipe
 
 __all__ = ["EnvLike", "Options", "as_dataclass", "device_of", "env_name", "refuse_unknown", "resolve"]
 
@@ -170,7 +170,7 @@ def resolve(
         raise ValueError(f"{system.__name__} is a class; hand in {system.__name__}(...), or the name of a system.")
     if isinstance(system, Algorithm):
         refuse_unknown(settings, names, f"a run (the algorithm's settings go into {type(system).__name__}(...))")
-        return type(system).__name__.lower(), system, as_dataclass(Options, settings)
+        return name_of(system), system, as_dataclass(Options, settings)
     row = find(system)
     name, kind = row.name, row.algorithm_class()
     merged = {**row.preset, **(recipe(name, env) if tuned and isinstance(env, str) else {}), **settings}
@@ -224,30 +224,7 @@ def as_dataclass(kind: Any, values: dict[str, Any]) -> Any:
     """
     hints = get_type_hints(kind)
     refuse_unknown(values, _fields(kind), kind.__name__)
-    fitting = {}
-    for name, value in values.items():
-        value = tuple(value) if isinstance(value, list) else value
-        whole = isinstance(value, float) and value.is_integer() and not _fits(value, hints[name])
-        fitting[name] = int(cast(float, value)) if whole else value
-        if not _fits(fitting[name], hints[name]):
-            choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
-            wanted = getattr(hints[name], "__name__", hints[name]) if type(hints[name]) is type else hints[name]
-            raise ValueError(f"{name}={value!r} is not {' or '.join(map(repr, choices)) or f'of type {wanted}'}.")
-    return kind(**fitting)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type; an int passes for a float, a bool for neither."""
-    parts = get_args(hint)
-    if get_origin(hint) is Literal:
-        return value in parts
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(each, parts[0]) for each in value)
-    if parts:
-        return any(_fits(value, part) for part in parts)
-    if isinstance(value, bool) or hint is bool:
-        return isinstance(value, bool) and hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+    return kind(**{name: fitting(name, value, hints[name]) for name, value in values.items()})
 
 
 def _json(text: str) -> Any:

@@ -15,7 +15,7 @@ from rookery.data.plan import ReplayPlan
 if TYPE_CHECKING:
     from rookery.algorithms.base import Algorithm
 
-__all__ = ["SYSTEMS", "System", "find", "recipe", "system_of"]
+__all__ = ["SYSTEMS", "System", "find", "name_of", "recipe", "system_of"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,14 @@ def system_of(name: str, algorithm: Algorithm) -> System:
         return SYSTEMS[name]
     replay = isinstance(algorithm.plan, ReplayPlan)
     return System(name, "", "your own", topology="actors_replay_learner" if replay else "actors_learner")
+
+
+def name_of(algorithm: Algorithm) -> str:
+    """The system that an algorithm's settings are enough for; for one that is none of ours, its class in lower case."""
+    own = type(algorithm)
+    place = f"{own.__module__}:{own.__name__}"
+    plain = (row.name for row in TABLE if not row.preset and place == f"rookery.algorithms.{row.algorithm}")
+    return next(plain, own.__name__.lower())
 
 
 def recipe(system: str, env: str) -> dict[str, Any]:

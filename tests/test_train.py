@@ -27,13 +27,16 @@ from torch import Tensor, nn
 import rookery
 from rookery import PPO
 from rookery.algorithms.base import Batch, Loss, Now, OnPolicy, Refused
+from rookery.algorithms.dqn import DQN
 from rookery.envs.spec import EnvSpec
 from rookery.envs.tensor.classic_control import CartPole
 from rookery.envs.vector import EnvError, Obs, Step
 from rookery.learner import NonFinite
+from rookery.runs import checkpoint
 from rookery.runs.checkpoint import CheckpointError
 from rookery.runs.folder import RunFolderError
 from rookery.runtimes.inline import RoleError
+from rookery.systems import name_of
 from rookery.train import Keeper
 
 CART = "tensor:CartPole-v1"
@@ -340,6 +343,45 @@ def test_an_algorithm_object_needs_no_name(tmp_path: Path) -> None:
     assert rookery.load(run.path).algorithm == PPO(**LEARN, lr=1e-3)
     with pytest.raises(ValueError, match=r"lr: no setting of a run \(the algorithm's settings go into PPO\(\.\.\.\)\)"):
         train(tmp_path / "other", system=PPO(), lr=1e-3)
+
+
+@pytest.mark.parametrize("system", [name for name, row in rookery.SYSTEMS.items() if not row.preset])
+def test_every_algorithm_is_of_the_system_without_a_preset(system: str) -> None:
+    assert name_of(rookery.SYSTEMS[system].algorithm_class()()) == system
+
+
+def test_an_algorithm_object_has_the_types_of_its_fields() -> None:
+    assert type(DQN(capacity=1e5).capacity) is int  # type: ignore[arg-type]
+    for name, value in (("batch", 32.5), ("double", "no"), ("hidden", 64), ("lr", True), ("target_period", 2.5)):
+        with pytest.raises(ValueError, match=f"{name}={value!r} is not of type"):
+            DQN(**{name: value})
+
+
+class Thawing(nn.Module):
+    """Of two layers the first is frozen."""
+
+    def __init__(self, spec: Any) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(spec.obs_space.shape[0], 8), nn.Linear(8, 8)
+        self.first.requires_grad_(False)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.second(self.first(obs).tanh()).relu()
+
+
+@pytest.mark.parametrize("system", ["ppo", "dqn", "sac", "gorila"])
+def test_frozen_layers_stay(system: str, tmp_path: Path) -> None:
+    """Target networks move without them, and an actor's critics may be fed by them."""
+    env = "tensor:Pendulum-v1" if system == "sac" else CART
+    more = LEARN if system == "ppo" else {"hidden": (8,), "learning_starts": 16, "batch": 8, "tau": 0.5}
+    more = more | ({"target_period": 2} if system in ("dqn", "gorila") else {})
+    run = rookery.train(system, env, run_dir=tmp_path / "run", quiet=True, network=Thawing, **{**RUN, **more})
+    checkpoints = [checkpoint.load(run.checkpoints.path(step)) for step in run.checkpoints.steps()]
+    first, *_, last = (saved["run"]["roles"]["learner_0"]["net"] for saved in checkpoints)
+    names = [name for name in first if ".first." in name]
+    assert names
+    assert all(torch.equal(first[name], last[name]) for name in names)
+    assert not all(torch.equal(first[name], last[name]) for name in first)
 
 
 # Refused before anything is built

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ __all__ = [
     "Refused",
     "ReplayPlan",
     "Target",
+    "fitting",
     "flat",
     "sampled",
     "with_last",
@@ -114,6 +116,8 @@ class Algorithm:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for name, value in vars(self).items():
+            if (typed := fitting(name, value, hints.get(name, object))) is not value:
+                object.__setattr__(self, name, typed)
             if value is None:
                 continue
             if isinstance(value, float) and not math.isfinite(value):
@@ -121,8 +125,6 @@ class Algorithm:
             for names, holds, words in BOUNDS:
                 if name in names and not holds(value):
                     raise Refused(f"{name}={value} has to be {words}.")
-            if get_origin(hints.get(name)) is Literal and value not in get_args(hints[name]):
-                raise Refused(f"{name}={value!r} is not {' or '.join(map(repr, get_args(hints[name])))}.")
             if name == "hidden" and min(value, default=1) < 1:
                 raise Refused(f"hidden={value} has a layer without units; use sizes of 1 or more.")
             if name == "sigma_last" and vars(self)["sigma"] == 0:
@@ -205,10 +207,45 @@ class Algorithm:
         return (part.lr or self.lr) * annealed
 
 
+def fitting(name: str, value: Any, hint: Any) -> Any:
+    """A setting as its field's type has it: lists become tuples, and 1e6 an int where one is due.
+
+    Raises:
+        Refused: for a value of another type.
+    """
+    value = tuple(value) if isinstance(value, list) else value
+    if isinstance(value, float) and value.is_integer() and not _fits(value, hint):
+        value = int(value)
+    if not _fits(value, hint):
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        wanted = hint.__name__ if type(hint) is type else hint
+        raise Refused(f"{name}={value!r} is not {' or '.join(map(repr, choices)) or f'of type {wanted}'}.")
+    return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; an int passes for a float, a bool for neither."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in parts
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(each, parts[0]) for each in value)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    plain = isinstance(hint, type) and hint.__module__ == "builtins"  # else its owner knows
+    return not plain or isinstance(value, (int, float) if hint is float else hint)
+
+
 def flat(algorithm: Algorithm, net: nn.Module) -> FlatParameters:
-    """The network's parameters as one flat tensor for each of the algorithm's parts."""
+    """The network's parameters as one flat tensor for each of the algorithm's parts, and one for all that is frozen."""
     parts = algorithm.parts(net)
-    return FlatParameters(net, None if parts is None else {name: part.parameters for name, part in parts.items()})
+    if parts is None:
+        return FlatParameters(net)
+    groups = {name: [each for each in part.parameters if each.requires_grad] for name, part in parts.items()}
+    groups["frozen"] = [each for each in net.parameters() if not each.requires_grad]
+    return FlatParameters(net, {name: parameters for name, parameters in groups.items() if parameters})
 
 
 def sampled(algorithm: Algorithm, net: PolicyNet, lanes: int, generator: torch.Generator) -> Explore:

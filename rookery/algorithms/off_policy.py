@@ -44,7 +44,7 @@ class OffPolicy(Algorithm):
     capacity: int = 1_000_000  # rows that replay keeps
     learning_starts: int = 1_000  # steps before the first update; actions are uniformly random until then
     updates_per_step: float = 1.0  # updates for each step after that
-    unroll: int = 0  # T, steps of a lane between rounds of updates; 0 takes the fewest that an update is owed for
+    unroll: int = 0  # T, steps of a lane between rounds of updates; 0 takes what an update is owed for, rounded
     n_step: int = 1  # n of n-step returns
     alpha: float = 0.0  # exponent of priorities (Schaul et al. 2016); 0 samples uniformly
     beta: float = 0.4  # exponent of their importance weights, rising to 1 over the run

@@ -90,7 +90,8 @@ class SAC(OffPolicy):
     def loss(self, net: ActorCritics, target: ActorCritics, batch: Batch, now: Now) -> Loss:
         obs, next_obs, judges = batch["obs"], batch["next_obs"], batch.get("judges")
         learnt = self.temperature is None
-        alpha = net.duals["log_temperature"].detach().exp() if learnt else batch["reward"].new_tensor(self.temperature)
+        fixed = batch["reward"].new_full((), self.temperature or 0.0)
+        alpha = net.duals["log_temperature"].detach().exp() if learnt else fixed
 
         with torch.no_grad():
             policy, following = net.actor(net.encode(next_obs), mask_of(next_obs)), target.encode(next_obs)

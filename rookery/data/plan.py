@@ -68,7 +68,7 @@ class ReplayPlan:
     sequence: int = 0  # T, steps of a sequence; 0 samples transitions
     overlap: int = 0  # steps that a sequence shares with the one before it
     burn_in: int = 0  # steps before a sequence, shown to bring a network's memory up and not to be learnt from
-    unroll: int = 0  # T, steps of a lane between rounds of updates; 0 takes the fewest that an update is owed for
+    unroll: int = 0  # T, steps of a lane between rounds of updates; 0 takes what an update is owed for, rounded
     ahead: int = 0  # unrolls that each actor may be ahead of the learner; 0 takes turns
     hindsight: float = 0.0  # share of samples whose goal is one the episode reached later
 
@@ -113,7 +113,7 @@ class ReplayPlan:
         return self.unroll or max(1, round(1 / (self.updates_per_step * lanes)))
 
     def updates(self, lanes: int) -> int:
-        """The updates that are owed for those rows, rounded down; at least 1."""
+        """The whole updates that those rows are worth; at least 1."""
         return max(1, int(self.updates_per_step * lanes * self.rows(lanes)))
 
     def tolerance(self, lanes: int, actors: int) -> float:

@@ -297,8 +297,10 @@ class ReplayBuffer:
             beyond the episode's end are not valid; `start` is True in the episode's first row, if that is shown.
 
         Raises:
-            ValueError: while there is nothing to be drawn.
+            ValueError: while there is nothing to be drawn, or if `count` is not at least 1.
         """
+        if count < 1:
+            raise ValueError(f"count={count} is no number of samples; draw 1 or more.")
         if not len(self):
             raise ValueError(
                 f"none of the {int(self._counts[:, 0].sum()) * self.lanes} rows inserted so far begins a whole sample; "
@@ -315,7 +317,7 @@ class ReplayBuffer:
         """How many times as likely as on average each of these samples `[N]` is drawn, float64, by its `index`."""
         if self._tree is None:
             return torch.ones(len(index), dtype=torch.float64, device=self.device)
-        leaf = self._tree.leaves.index_select(0, index.remainder(self._ring.cells))
+        leaf = self._tree.leaves.index_select(0, index.to(self.device).remainder(self._ring.cells))
         return leaf * (len(self) / self._tree.total())
 
     def prioritise(self, index: Tensor, priorities: Tensor) -> None:
@@ -324,7 +326,7 @@ class ReplayBuffer:
         Raises:
             ValueError: for priorities that are no finite numbers ≥ 0; none is set then.
         """
-        priorities = priorities.to(self.device)
+        index, priorities = index.to(self.device), priorities.to(self.device)
         highest = check_priorities(priorities, None, index.shape)
         if self._tree is None or not len(index):
             return
@@ -445,8 +447,10 @@ def _check_plan(plan: ReplayPlan, lanes: int, stack: int, spec: EnvSpec | None) 
     plan.check(lanes)
     if not 1 <= stack <= 64:
         raise ValueError(f"stack={stack} is no number of frames; use 1 to 64.")
-    if plan.sequence > torch.iinfo(torch.int16).max:
-        raise ValueError(f"sequence={plan.sequence} is too long; use at most {torch.iinfo(torch.int16).max} steps.")
+    most = torch.iinfo(torch.int16).max
+    for name in ("sequence", "n_step"):
+        if (steps := getattr(plan, name)) > most:
+            raise ValueError(f"{name}={steps} is too long; use at most {most} steps.")
     if plan.hindsight and (spec is None or spec.goal_reward is None):
         raise ValueError(
             f"hindsight={plan.hindsight} needs to know what a goal is worth; give goal_reward(achieved, desired) in a "

@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from rookery.envs.spec import dtype_of, example, leaves
+from rookery.envs.spec import GoalReward, dtype_of, example, leaves
 from rookery.envs.vector import EnvError, Obs, Step, VectorEnv
 
 if TYPE_CHECKING:
@@ -239,11 +240,17 @@ class FrameStack(Transform):
 
 
 class _Reward(Transform):
-    """Changes the reward; the one before any change is `info["raw_reward"]`, `[B]` float32."""
+    """Changes the reward; the one before any change is `info["raw_reward"]`, `[B]` float32.
 
-    def change(self, reward: Tensor) -> Tensor:
-        """What the agent gets for it; 0 for 0, so that rows without a step keep theirs."""
-        raise NotImplementedError
+    Args:
+        change: what the agent gets for a reward; 0 for 0, so that rows without a step keep theirs.
+    """
+
+    def __init__(self, env: VectorEnv, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(env)
+        self.change = change
+        if (of_goals := env.spec.goal_reward) is not None:
+            self.spec = replace(env.spec, goal_reward=partial(_of_goals, of_goals, change))
 
     def step(self, action: Obs) -> Step:
         step = self.env.step(action)
@@ -259,13 +266,9 @@ class ClipReward(_Reward):
     """
 
     def __init__(self, env: VectorEnv, low: float = -1.0, high: float = 1.0) -> None:
-        super().__init__(env)
         if not low <= 0.0 <= high:
             raise ValueError(f"rewards clipped to [{low:g}, {high:g}] are never 0; use low <= 0 <= high.")
-        self.low, self.high = low, high
-
-    def change(self, reward: Tensor) -> Tensor:
-        return reward.clamp(self.low, self.high)
+        super().__init__(env, partial(_clipped, low=low, high=high))
 
 
 class ScaleReward(_Reward):
@@ -276,13 +279,22 @@ class ScaleReward(_Reward):
     """
 
     def __init__(self, env: VectorEnv, factor: float) -> None:
-        super().__init__(env)
         if not (factor > 0.0 and math.isfinite(factor)):
             raise ValueError(f"rewards times {factor:g} say nothing or the opposite; use a positive factor.")
-        self.factor = factor
+        super().__init__(env, partial(_scaled, factor=factor))
 
-    def change(self, reward: Tensor) -> Tensor:
-        return reward * self.factor
+
+def _clipped(reward: Tensor, low: float, high: float) -> Tensor:
+    return reward.clamp(low, high)
+
+
+def _scaled(reward: Tensor, factor: float) -> Tensor:
+    return reward * factor
+
+
+def _of_goals(reward: GoalReward, change: Callable[[Tensor], Tensor], achieved: Tensor, desired: Tensor) -> Tensor:
+    """The changed reward of achieved goals when others were desired."""
+    return change(reward(achieved, desired))
 
 
 class RescaleAction(Transform):

@@ -70,6 +70,13 @@ class FlatParameters:
             self._flat_gradients.append(gradient)
         return flat
 
+    def freeze(self) -> None:
+        """Let nothing of it train any more; its gradients and their memory are gone."""
+        for parameter, _ in self._gradients:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        self._gradients, self._flat_gradients = [], []
+
     def zero_grad(self) -> None:
         """Fill the gradients with zeros, and attach them again where someone set `.grad` to None."""
         for gradient in self._flat_gradients:

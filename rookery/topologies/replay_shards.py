@@ -77,11 +77,12 @@ class Shard:
         self.buffer = ReplayBuffer(self.plan, setting.lanes, writers=writers, **own)
 
     def draw(self) -> Batch | None:
-        """Its share of a batch, if there is one; as `weight` how many times as likely as on average each was drawn."""
+        """Its share of a batch, if there is one; as `weight` the chance of each at a draw, or 1 without priorities."""
         if not len(self.buffer):
             return None
         samples = self.buffer.sample(self.plan.batch)
-        return {**samples, "weight": self.buffer.odds(samples["index"])}
+        among = len(self.buffer) if self.plan.alpha else 1
+        return {**samples, "weight": self.buffer.odds(samples["index"]) / among}
 
     def state(self) -> dict[str, Any]:
         return {"replay": self.buffer.state()} if self.save else {}
@@ -235,8 +236,8 @@ class Shares:
             place = able[turn % len(able)]
             shares.append(await self._taken(place, self.shards[place].ask(self._draws[place])))
         batch = self._joined([share for share in shares if share is not None])
-        odds = batch["weight"]
-        return {**batch, "weight": ((odds / odds.amin()) ** -beta).float()}
+        chance = batch["weight"]
+        return {**batch, "weight": ((chance / chance.amin()) ** -beta).float()}
 
     async def _taken(self, place: int, answer: Any) -> Batch | None:
         """A copy of what a shard gave, with its number in `index`."""

@@ -41,6 +41,13 @@ def filled(seed: int = 0, inserts: int = 20, **settings: Any) -> tuple[ReplayBuf
     return buffer, stream
 
 
+@pytest.mark.parametrize("count", [0, -1])
+@pytest.mark.parametrize("alpha", [0.0, 0.6])
+def test_no_samples_are_refused(count: int, alpha: float) -> None:
+    with pytest.raises(ValueError, match=f"count={count} is no number of samples; draw 1 or more"):
+        filled(alpha=alpha)[0].sample(count)
+
+
 # How often, and with what weight.
 
 
@@ -375,6 +382,7 @@ def test_memory_on_a_gpu(settings: dict) -> None:
         ),
         ({"hindsight": 0.8}, {}, r"hindsight=0.8 needs to know .*; give goal_reward\(achieved, desired\)"),
         ({"hindsight": 0.8, "n_step": 3}, {"spec": GOALS}, r"n_step=3, .* have several; use n_step=1"),
+        ({"n_step": 40_000, "capacity": 10**6}, {}, r"n_step=40000 is too long; use at most 32767 steps"),
         ({}, {"stack": 0}, r"stack=0 is no number of frames; use 1 to 64"),
         ({}, {"memory": "tape"}, r"memory='tape' is no kind of memory; use 'ram', 'shared' or the Path of a folder"),
         ({}, {"memory": "shared", "device": "meta"}, r"memory='shared' is not on meta; use memory='ram' there"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +16,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from rookery.data.unroll import frames_to_stacks
+from rookery.envs.goals import DenseGoal
 from rookery.envs.make import make_env
 from rookery.envs.spec import EnvSpec
 from rookery.envs.tensor import make_tensor_env
@@ -53,6 +58,17 @@ def scripted(shape: tuple[int, ...], dtype: type, rows: int, seed: int, lanes: i
     ended[0] = False
     high = 255 if dtype is np.uint8 else 1.0
     return Scripted(frames, ended, spaces.Box(0, high, shape, dtype), spaces.Discrete(2))
+
+
+@pytest.mark.parametrize("wrap", [lambda env: ClipReward(env), lambda env: ScaleReward(env, 0.5)])
+def test_rewards_of_other_goals_are_changed_alike(wrap: Callable[[VectorEnv], VectorEnv]) -> None:
+    """So that hindsight does not mix two rewards; the spec goes to other processes."""
+    env = make_tensor_env("BitFlip-v0", LANES)
+    env.spec = replace(env.spec, goal_reward=DenseGoal())
+    spec = pickle.loads(pickle.dumps(wrap(env).spec))
+    achieved, desired = torch.zeros(3, 1), torch.tensor([[0.0], [0.8], [4.0]])
+    expected = [0.0, -0.8, -1.0] if isinstance(wrap(env), ClipReward) else [0.0, -0.4, -2.0]
+    assert spec.goal_reward(achieved, desired).tolist() == pytest.approx(expected)
 
 
 def stacked_axis(stacks: Tensor, shape: tuple[int, ...]) -> Tensor:
