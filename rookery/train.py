@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import shutil
 import signal
 import tempfile
@@ -275,10 +276,15 @@ class Keeper:
         self._wrote = (time.monotonic(), self.step)  # and when that was
         self._seconds = 0.0 if saved is None else saved["seconds"]
         self._anew = 0 if saved is None else saved.get("episodes_restarted", 0) + (not run._make_net.spec.saves_state)
+        self._score: tuple[int, float] | None = None  # of a checkpoint that is still to come, and of which period
         self._unwritten: MetricsError | None = None  # the first time that the log took no row
         self._began, self._asked, self._last = time.monotonic(), 0.0, (self._seconds, self.step)
         log = MetricsLog(run.folder.metrics)
-        log.truncate_after(self.step, None if saved is None else saved["recorder"].get("rows"))
+        if saved is None:
+            log.truncate_after(self.step)
+        else:
+            due = saved["run"]["roles"].get("evaluator_0", {}).get("due", math.inf)
+            log.truncate_after(self.step, saved["recorder"].get("rows"), due)
         sinks = [open_sink(name, run.folder.path, run.config, self.step) for name in options.sinks]
         self.recorder = Recorder(log, sinks, Progress(options.steps, quiet, self.step))
         self.mirror = Mirror(options.mirror, run.path, saved is not None) if options.mirror else None
@@ -323,8 +329,18 @@ class Keeper:
             pace = {"steps_per_second": rate} if step >= step_before else {}  # a learner that began anew fell back
             values, self._last = {**values, "seconds": now, **pace}, (now, step)
         self.write(role, index, step, values)
-        if role == "evaluator" and self.options.stop_at is not None:
-            self.reached = values["eval_return_mean"] >= self.options.stop_at
+        if role == "evaluator":
+            self._rate(step, values["eval_return_mean"])
+            self.reached = self.options.stop_at is not None and values["eval_return_mean"] >= self.options.stop_at
+
+    def _rate(self, step: int, score: float) -> None:
+        """An evaluation is the score of the checkpoint before it of the same period, or else of the next one."""
+        checkpoints, period = self.run.checkpoints, step // self.options.eval_every
+        of_it = [at for at in checkpoints.steps() if at <= step and at // self.options.eval_every == period]
+        if of_it:
+            checkpoints.rate(of_it[-1], score)
+        else:
+            self._score = (period, score)
 
     def write(self, role: str, index: int, step: int, values: Mapping[str, Any]) -> None:
         """Write down a row; if the log takes none, the run goes on to its next checkpoint, and stops there."""
@@ -353,7 +369,7 @@ class Keeper:
         return account(measured)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint, scored by the last evaluation.
+        """Write a checkpoint, scored by its evaluation; in processes that comes later.
 
         Raises:
             NonFinite: in place of one whose weights are not finite.
@@ -365,7 +381,9 @@ class Keeper:
         state, replay = without_replay(state)
         kept = {"run": state, "recorder": self.recorder.state(), "steps": self.step, "seconds": self.seconds()}
         kept["episodes_restarted"] = self._anew
-        self.run.checkpoints.save(self.step, kept, self.recorder.summary()["eval_return_mean"], replay)
+        period, score = self._score or (-1, None)
+        own = score if period == self.step // self.options.eval_every else None
+        self.run.checkpoints.save(self.step, kept, own, replay)
         self._saved_at = self.step
         if self.mirror is not None:
             self.mirror.copy()
@@ -401,6 +419,7 @@ class Keeper:
         if not run.interrupted:
             evaluation = run.evaluate(options.eval_episodes, options.seed + 1)
             self.recorder.report("evaluator", 0, self.step, evaluation.summary())
+            run.checkpoints.rate(self.step, evaluation.summary()["eval_return_mean"])
         config, spec = run.config, run._make_net.spec
         run.folder.write_summary(
             {

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -382,6 +383,35 @@ def test_frozen_layers_stay(system: str, tmp_path: Path) -> None:
     assert names
     assert all(torch.equal(first[name], last[name]) for name in names)
     assert not all(torch.equal(first[name], last[name]) for name in first)
+
+
+def evaluations(run: rookery.Run) -> list[tuple[int, float]]:
+    return [(row["step"], row["eval_return_mean"]) for row in rows_of(run) if row["role"] == "evaluator"]
+
+
+@pytest.mark.parametrize("runtime", ["inline", "local"])
+def test_a_checkpoint_has_the_score_of_its_own_evaluation(runtime: str, tmp_path: Path) -> None:
+    """In processes it is played once the checkpoint is written. No step is evaluated twice, not even the last one."""
+    run = train(tmp_path / "run", runtime=runtime, steps=256)
+    found = evaluations(run)
+    assert [step // 32 for step, _ in found] == list(range(1, 9))
+    kept = {step: dict(found)[step] for step in run.checkpoints.steps()}
+    index = json.loads((run.path / "checkpoints" / "index.json").read_text())["scores"]
+    assert index == {str(step): score for step, score in kept.items()}
+    assert run.checkpoints.best()[0] == max(found, key=lambda each: (each[1], each[0]))[0]
+    assert run.summary["eval_return_mean"] == found[-1][1]
+
+
+@pytest.mark.parametrize("runtime", ["inline", "local"])
+def test_a_resumed_run_evaluates_no_step_twice(runtime: str, tmp_path: Path) -> None:
+    run = train(tmp_path / "run", runtime=runtime, steps=192)
+    before = evaluations(run)
+    *_, ended = run.checkpoints.steps()
+    shutil.rmtree(run.checkpoints.path(ended))
+    again = rookery.resume(run.path, quiet=True)
+    assert evaluations(again) == before
+    longer = rookery.resume(run.path, steps=256, quiet=True)
+    assert [step // 32 for step, _ in evaluations(longer)] == list(range(1, 9))
 
 
 # Refused before anything is built

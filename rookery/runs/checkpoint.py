@@ -322,6 +322,12 @@ class Checkpoints:
         self._write_index({at: scores[at] for at in sorted(keep)})
         return self.path(step)
 
+    def rate(self, step: int, score: float) -> None:
+        """Note the score of the checkpoint of that step, which came to be known later; nothing where it is gone."""
+        scores = self._scores()
+        if step in scores and math.isfinite(score):
+            self._write_index(scores | {step: score})
+
     def _make_room(self) -> bool:
         """Remove all but the newest readable checkpoint and the best; whether there was another."""
         try:

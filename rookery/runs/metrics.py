@@ -97,18 +97,19 @@ class MetricsLog:
             raise self._unwritable(error) from error
         self.rows += row.get("role") != RUNTIME
 
-    def truncate_after(self, step: int, rows: int | None = None) -> None:
+    def truncate_after(self, step: int, rows: int | None = None, due: float = math.inf) -> None:
         """Drop what came after the checkpoint at `step`, as a resume from there must: it will write that again.
 
         That is every row later than `step`, and what follows the first `rows`, if that is known: asynchronous roles
-        write rows of earlier steps. Evaluations of the checkpoint itself stay.
+        write rows of earlier steps. Evaluations stay that are of steps before the next one that is `due`.
 
         Raises MetricsError; the log is then as it was.
         """
         kept, number, left = [], 0, 0
         for line, row in _lines(self.path):
             counts = row.get("role") != RUNTIME
-            if row["step"] <= step and (rows is None or number < rows or row.get("role") == "evaluator"):
+            early = rows is None or number < rows or (row.get("role") == "evaluator" and row["step"] < due)
+            if early and row["step"] <= step:
                 kept.append(line)
                 left += counts
             number += counts

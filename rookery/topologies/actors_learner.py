@@ -72,8 +72,9 @@ async def evaluator(role: Role, setting: Setting, weights: Weights) -> None:
         while True:
             version, values, steps = await weights.newer_than(version, evaluator.due)
             evaluator.due = (steps // setting.eval_every + 1) * setting.eval_every
-            evaluator.load(values)
-            role.report(steps, evaluator.play(setting.eval_episodes).summary())
+            if steps < setting.total_steps:  # else the run itself evaluates what it ends with
+                evaluator.load(values)
+                role.report(steps, evaluator.play(setting.eval_episodes).summary())
     finally:
         env.close()
 
