@@ -44,8 +44,8 @@ class Lags:
         self.number = self.total = self.most = 0
 
     def add(self, lags: Iterable[int]) -> None:
-        """Note some, in versions of the weights."""
-        for lag in lags:
+        """Note some, in versions of the weights; below 0 those are of a learner that died, and of no known age."""
+        for lag in (each for each in lags if each >= 0):
             self.number, self.total, self.most = self.number + 1, self.total + lag, max(self.most, lag)
 
     def metrics(self) -> dict[str, float]:

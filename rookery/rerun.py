@@ -51,10 +51,10 @@ def rerun(
     """
     run = load(path, algorithm=algorithm, env=env, network=network)
     config, records = run.config, pieces(run.path / ARRIVALS)
-    if not records:
+    if not records or records[0][0] > 0:
         raise ValueError(
-            f"{run.path} has no record of who came when, which runs with runtime='local' leave; train the run again "
-            "with its seed, which repeats inline runs."
+            f"{run.path} has no record of who came when from its beginning on, which runs with runtime='local' leave; "
+            "train the run again with its seed, which repeats inline runs."
         )
     if system_of(config["system"], run.algorithm).topology == UNORDERED:
         raise ValueError(f"{run.path} is of {config['system']}, whose workers write to shared memory in no order.")

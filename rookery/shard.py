@@ -93,10 +93,12 @@ class Shard:
         self.seconds["learning"] += time.perf_counter() - began
 
     def _young(self, delay: int) -> bool:
-        self.delays["count"] += 1
-        self.delays["sum"] += delay
-        self.delays["longest"] = max(self.delays["longest"], delay)
-        stale = 0 < self.max_delay < delay
+        if delay >= 0:
+            self.delays["count"] += 1
+            self.delays["sum"] += delay
+            self.delays["longest"] = max(self.delays["longest"], delay)
+        # Below 0 it is from parameters that the shard had not handed over when it died: of no known age.
+        stale = self.max_delay > 0 and not 0 <= delay <= self.max_delay
         self.dropped["stale"] += stale
         return not stale
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -51,10 +54,11 @@ def assembled(parts: dict[Key, Tensor], size: torch.Size) -> Obs:
 def allocator(memory: Memory, device: torch.device) -> Allocate:
     """How memory of a kind is made; what is never written takes no room in RAM.
 
-    Shared memory has no name that could be left behind; in a folder, each tensor is a sparse file `NAME.bin`.
+    Neither shared memory nor files have a name that could be left behind; room for files is taken at once.
 
     Raises:
-        ValueError: for a kind that does not exist, or shared memory or files on another device.
+        ValueError: for a kind that does not exist, or shared memory or files on another device. `Allocate` raises it
+            where a folder has no room.
     """
     if not (memory in ("ram", "shared") or isinstance(memory, Path)):
         raise ValueError(f"memory={memory!r} is no kind of memory; use 'ram', 'shared' or the Path of a folder.")
@@ -71,9 +75,22 @@ def _allocate(memory: Memory, device: torch.device, name: str, shape: tuple[int,
         storage = torch.UntypedStorage._new_shared(size.numel() * dtype.itemsize)
         return torch.empty(0, dtype=dtype).set_(storage, 0, size)  # type: ignore[call-overload]  # its stubs want strides
     memory.mkdir(parents=True, exist_ok=True)
-    file = memory / f"{name.replace('/', '_')}.bin"
-    file.unlink(missing_ok=True)  # an earlier buffer's rows are not ours, and may still be mapped
-    return torch.from_file(str(file), shared=True, size=size.numel(), dtype=dtype).view(size)
+    with tempfile.NamedTemporaryFile(dir=memory, prefix=name.replace("/", "_")) as file:
+        _take_room(file.fileno(), size.numel() * dtype.itemsize, memory)
+        return torch.from_file(file.name, shared=True, size=size.numel(), dtype=dtype).view(size)
+
+
+def _take_room(file: int, size: int, folder: Path) -> None:
+    """Else a write to memory that finds none on the disk would end the process (SIGBUS)."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        free = shutil.disk_usage(folder).free
+        raise ValueError(
+            f"replay takes {size / 1e9:.3g} GB more in {folder}, which has {free / 1e9:.3g} GB left "
+            f"({error.strerror}); use a smaller capacity, or a run_dir on a larger disk."
+        ) from error
 
 
 class Ring:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import zlib
 from pathlib import Path
 
@@ -22,6 +24,8 @@ __all__ = [
     "pieces",
 ]
 
+log = logging.getLogger("rookery")
+
 # What happens; an event is the number of a role, times 8, plus one of these.
 MESSAGE, KEPT, DIED, TURN, RELENT, PAUSE, RESUME, MOVED = range(8)
 BETWEEN = (PAUSE, RESUME, MOVED)  # turns
@@ -29,16 +33,19 @@ FLUSH = 4096  # events between two writes, unless the state is taken: so many ar
 
 
 class Arrivals:
-    """Writes events down, packed."""
+    """Writes events down, packed. Where they cannot be written there is no record any more, and the run goes on."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._given_up = path, False
         self._file, self._pack = path.open("wb"), zlib.compressobj(6)
         self._events: list[int] = []
         self._turns = False  # whether a turn began of which nothing is written yet
 
     def note(self, what: int, role: int = 0) -> None:
         """An event; a turn in which nothing happens is none."""
+        if self._given_up:
+            return
         if what == TURN:
             self._turns = True
             return
@@ -52,13 +59,25 @@ class Arrivals:
     def flush(self) -> None:
         """Put into the file what was noted."""
         packed = self._pack.compress(np.array(self._events, "<u2").tobytes())
-        self._file.write(packed + self._pack.flush(zlib.Z_SYNC_FLUSH))
-        self._file.flush()
         self._events.clear()
+        try:
+            self._file.write(packed + self._pack.flush(zlib.Z_SYNC_FLUSH))
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._given_up = True
+        log.warning("%s could not be written: %s; this part of the run cannot be rerun.", self.path, error.strerror)
+        with contextlib.suppress(OSError):
+            self._file.close()  # which tries to write what it has once more
+        self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        self.flush()
-        self._file.close()
+        if not self._given_up:
+            self.flush()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def pieces(folder: Path) -> list[tuple[int, int, Path]]:

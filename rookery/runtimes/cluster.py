@@ -77,6 +77,7 @@ class Cluster:
         self.leaving: set[str] = set()  # nodes that are about to leave, as it did
         self._looked, self._looked_at = threading.Condition(), 0.0  # after each look; when the last one was
         self._left = threading.Event()
+        self._claims: list[Any] = []  # that were granted
 
     @contextlib.contextmanager
     def joined(self, cores: float) -> Iterator[None]:
@@ -100,8 +101,12 @@ class Cluster:
             yield
         finally:
             self._left.set()
+            claims, self._claims = self._claims, []
             if mine:
                 ray.shutdown()
+            for claim in claims if not mine else ():  # else they end with our part in the cluster
+                with contextlib.suppress(Exception):  # Ray's, of many kinds: the head may be gone
+                    ray.util.remove_placement_group(claim)
 
     def _watch(self) -> None:
         """In a thread: while the head is lost, to ask which hosts there are may take a minute."""
@@ -201,6 +206,7 @@ class Cluster:
                 f"there was no room for {who} ({dict(needs)}) on this host for {CLAIM:g} s: others use it; wait for "
                 "them, or use fewer actors."
             )
+        self._claims.append(claim)
 
 
 @contextlib.contextmanager

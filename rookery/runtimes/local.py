@@ -332,7 +332,9 @@ class Local:
             member.advanced = True
             self._credit(member, kind)
         elif kind == "kept":
-            member.kept = rest[0]
+            member.kept, learnt = rest
+            if learnt is not None:
+                self.words[learnt].leave(member)
         elif kind == "state":
             member.kept = rest[0]
             self._owing.discard(id(member))

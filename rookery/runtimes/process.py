@@ -57,6 +57,7 @@ class Link:
         self.numbers: dict[int, int] = {}  # of boxes by their identity
         self.part: Stateful | None = None
         self._handed, self._took = time.monotonic(), 0.0  # when the state was last handed over, and how long that took
+        self.published = False  # since the state was last to be handed over
         self._at_first, self._told = told(None), 0.0  # the part's account when it was kept; when it was last told
 
     def send(self, *message: Any) -> None:
@@ -70,7 +71,17 @@ class Link:
 
     async def ask(self, word: str, what: str, *args: Any) -> Any:
         """Send a request and wait for its answer."""
+        self.ends_unit(word, what)
         return self.aside(word, what, *args)
+
+    def ends_unit(self, word: str, what: str) -> None:
+        """Before the first request after something was published: the role has told of all that it did until then.
+
+        Handed over any earlier, its state would hold work that is given out again should it die before it told.
+        """
+        if self.published:
+            self.published = False
+            self.hand_over(word if what == "sample" else None)
 
     def aside(self, word: str, what: str, *args: Any) -> Any:
         """`ask` for what is answered at once."""
@@ -125,12 +136,16 @@ class Link:
         """The role's state, packed."""
         return None if self.part is None else packed(self.part.state())
 
-    def hand_over(self) -> None:
-        """Give the role's state in case that it dies, as often as a small share of its time allows."""
+    def hand_over(self, learnt: str | None = None) -> None:
+        """Give the role's state in case that it dies, as often as a small share of its time allows.
+
+        Args:
+            learnt: the replay whose samples the role has learnt from altogether.
+        """
         began = time.monotonic()
         if self.part is None or began - self._handed < self._took / SHARE:
             return
-        self.send("kept", self.state())
+        self.send("kept", self.state(), learnt)
         self._handed = time.monotonic()
         self._took = self._handed - began
 
@@ -172,7 +187,7 @@ class LinkedWeights:
         else:
             link.make(number, copied(values))
         link.tell(self.name, "publish", version, number, steps)
-        link.hand_over()
+        link.published = True
 
     async def newer_than(self, version: int, steps: int = 0) -> Published:
         version, number, steps = await self.link.ask(self.name, "newer_than", version, steps)

@@ -24,7 +24,7 @@ from rookery.runtimes.cluster import Cluster, ClusterError, Host, Needs
 from rookery.runtimes.inline import State
 from rookery.runtimes.local import Local
 from rookery.runtimes.local_words import Box, Member
-from rookery.runtimes.seat import GROUPS, Carried, Seat
+from rookery.runtimes.seat import BEGIN, GROUPS, Carried, Seat
 from rookery.runtimes.words import Graph, RoleSpec
 
 __all__ = ["Ray"]
@@ -33,7 +33,6 @@ log = logging.getLogger("rookery")
 
 INLINE = 100_000  # bytes of a message that Ray passes on with the call
 LOST = 20.0  # seconds without an answer after which a seat counts as lost, though Ray has not noticed yet
-BEGIN = 120.0  # seconds that a seat may take to begin
 RETRY = 1.0  # seconds between two attempts to place a role for which there is no room
 HEADLESS = (
     "the head of the cluster is not heard of: nothing is started elsewhere until it is back; Ray ends this process if "

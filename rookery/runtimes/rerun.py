@@ -51,6 +51,7 @@ class Here(Link):
 
     @types.coroutine
     def ask(self, word: str, what: str, *args: Any) -> Generator[None, Any, Any]:  # type: ignore[override]
+        self.ends_unit(word, what)
         self.send("ask", word, what, args)
         return (yield)
 
@@ -60,10 +61,10 @@ class Here(Link):
     def state(self) -> dict[str, Any] | None:
         return copy.deepcopy(super().state())  # the role goes on to change its own
 
-    def hand_over(self) -> None:
+    def hand_over(self, learnt: str | None = None) -> None:
         number = self.runtime.number(self.member)
         if self.runtime.record.hands_over(number, self.runtime.heard[number] + len(self.said)):
-            self.send("kept", self.state())
+            self.send("kept", self.state(), learnt)
 
     def close(self) -> None:
         """As a connection is."""

@@ -16,9 +16,10 @@ from rookery.runtimes.boxes import content
 from rookery.runtimes.process import Link, live
 from rookery.runtimes.words import RoleSpec
 
-__all__ = ["GROUPS", "Carried", "Seat"]
+__all__ = ["BEGIN", "GROUPS", "Carried", "Seat"]
 
 GROUPS = ("says", "told")  # calls, each with a thread of its own in a seat
+BEGIN = 120.0  # seconds that a seat may take to begin
 PAUSE = 1.0  # seconds that a seat waits for its role to say something
 CUT_OFF = 30.0  # seconds without a call after which a seat knows that nobody hears it
 
@@ -63,6 +64,7 @@ class Seat:
     def __init__(self, paths: list[str]) -> None:
         sys.path.extend(path for path in paths if path not in sys.path)
         self._mail, self._called = Mail(), time.monotonic()  # last
+        self._patience = BEGIN  # until somebody has asked what the role says
         threading.Thread(target=self._watch, daemon=True).start()
 
     def begin(self, spec: RoleSpec, seed: int, saved: dict[str, Any] | None, threads: int) -> None:
@@ -78,7 +80,7 @@ class Seat:
 
     def says(self) -> tuple[list[tuple[Any, ...]], bool]:
         """What the role has said since the last call, oldest first; and whether it is over."""
-        self._called, messages = time.monotonic(), []
+        self._called, self._patience, messages = time.monotonic(), CUT_OFF, []
         over = not self._role.is_alive()
         try:
             messages.append(self._mail.said.get(timeout=0 if over else PAUSE))
@@ -89,6 +91,6 @@ class Seat:
 
     def _watch(self) -> None:
         """End a seat that the runtime has lost sight of: the role has long been started again elsewhere."""
-        while time.monotonic() - self._called < CUT_OFF:
+        while time.monotonic() - self._called < self._patience:
             time.sleep(PAUSE)
         os._exit(1)

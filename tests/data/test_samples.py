@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing as mp
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -342,9 +344,19 @@ def test_shared_memory_is_seen_by_another_process_and_leaves_nothing() -> None:
 def test_memory_in_files(tmp_path: Path) -> None:
     buffer, _ = filled(memory=tmp_path / "replay", alpha=0.6)
     own, _ = filled(alpha=0.6)
-    assert {"obs.bin", "action.bin", "reward.bin"} <= {path.name for path in (tmp_path / "replay").iterdir()}
+    assert (tmp_path / "replay").is_dir()
+    assert not list((tmp_path / "replay").iterdir()), "files have no name that a killed process would leave behind"
     mine, its = own.sample(20), buffer.sample(20)
     assert all(torch.equal(mine[name], its[name]) for name in mine)
+
+
+def test_files_that_find_no_room_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, first: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match=r"replay takes .* GB more in .*, which has .* GB left \(No space"):
+        filled(memory=tmp_path / "replay")
 
 
 @pytest.mark.gpu

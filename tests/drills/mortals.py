@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -14,24 +16,30 @@ from rookery.algorithms.base import Loss
 from rookery.runtimes.words import Graph
 
 __all__ = [
+    "Diary",
     "Lesson",
     "Poisoned",
     "Slot",
     "asking",
     "brittle",
     "corrupt",
+    "counter",
+    "diarist",
     "freezer",
     "idler",
     "in_step",
     "learner",
     "newborn",
+    "Store",
     "player",
+    "sampler",
     "server",
     "sleeper",
     "stuck",
     "taker",
     "ticking",
     "watcher",
+    "writer",
 ]
 
 SIZE = 10_000
@@ -84,6 +92,94 @@ async def learner(role: Any, weights: Any, queue: Any, players: int, until: int)
         queue.release(slots)
         role.advance(lesson.steps)
         weights.publish(lesson.version, {"w": torch.full((SIZE,), lesson.version)}, lesson.steps)
+
+
+class Diary(Lesson):
+    """Every unit that was ever learnt from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units: list[int] = []
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "units": list(self.units)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.units = list(state["units"])
+
+
+async def counter(role: Any, queue: Any) -> None:
+    """Gives out numbers."""
+    number = 0
+    while True:
+        number += 1
+        slot = await queue.slot(Slot, role.index)
+        slot.rows[:] = number
+        queue.put(slot)
+
+
+async def diarist(role: Any, weights: Any, queue: Any, marker: Path) -> None:
+    """Notes each number; dies once where it has published what it learnt, and has not told that it did."""
+    diary = role.keep(Diary())
+    while diary.steps < 100:
+        (slot,) = await queue.get(1)
+        diary.units.append(int(slot.rows[0, 0]))
+        diary.steps += 1
+        time.sleep(0.002)
+        weights.link._took = 0.0  # the state is handed over as often as it may be
+        weights.publish(diary.steps, {}, diary.steps)
+        if diary.steps >= 50 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        queue.release([slot])
+        role.advance(diary.steps)
+
+
+class Store:
+    """Replay that knows only how much it has."""
+
+    def __init__(self) -> None:
+        self.items = 0
+
+    def __len__(self) -> int:
+        return self.items
+
+    def insert(self, batch: dict[str, Any], writer: int) -> int:
+        self.items += len(batch["n"])
+        return len(batch["n"])
+
+    def sample(self, count: int) -> dict[str, Any]:
+        return {"n": torch.zeros(count)}
+
+    def state(self) -> dict[str, Any]:
+        return {"items": self.items}
+
+
+class Row(Slot):
+    """Four of them."""
+
+    def batch(self) -> dict[str, Any]:
+        return {"n": self.rows[:4]}
+
+
+async def writer(role: Any, replay: Any) -> None:
+    while True:
+        replay.insert(await replay.slot(Row, 4), 4)
+
+
+async def sampler(role: Any, weights: Any, replay: Any, marker: Path) -> None:
+    """Counts samples; dies once where it has handed over its state, and has not asked for more."""
+    lesson = role.keep(Lesson())
+    while lesson.steps < 800:
+        lesson.steps += len((await replay.sample(8))["n"])
+        weights.publish(lesson.steps, {}, lesson.steps)
+        role.advance(lesson.steps)
+        if lesson.steps >= 400 and not marker.exists():
+            marker.touch()
+            replay.link._took = 0.0  # however long that took before
+            replay.link.hand_over(replay.name)
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 async def watcher(role: Any, weights: Any) -> None:

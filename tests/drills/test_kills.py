@@ -206,6 +206,32 @@ def test_requests_outlive_their_server(seed: int) -> None:
     assert [row[2] for row in rows if row[0] == "asking"] == list(range(1, state["steps"] + 1))
 
 
+def test_no_unit_is_learnt_from_twice(tmp_path: Path) -> None:
+    """Who dies between what it publishes and what it tells of it does not remember what it will be given again."""
+    graph = Graph(0)
+    weights, queue = graph.word("weights", "weights"), graph.word("queue", "queue", each=1)
+    graph.role(mortals.counter, queue=queue)
+    marker = tmp_path / "died"
+    graph.role(mortals.diarist, weights=weights, queue=queue, marker=marker, ends_run=True)
+    _, state, local = run(graph)
+    units = state["roles"]["diarist_0"]["units"]
+    assert (local.restarts, len(units)) == (1, 100)
+    assert len(set(units)) == 100
+
+
+def test_no_sample_is_owed_twice(tmp_path: Path) -> None:
+    """Of who dies after it has handed over what it learnt from them."""
+    graph = Graph(0)
+    options = {"samples_per_insert": 2.0, "min_size": 8, "tolerance": 16.0, "writers": 1}
+    replay = graph.word("replay", "replay", make_store=mortals.Store, **options)
+    weights, marker = graph.word("weights", "weights"), tmp_path / "died"
+    graph.role(mortals.writer, replay=replay)
+    graph.role(mortals.sampler, weights=weights, replay=replay, marker=marker, ends_run=True)
+    _, state, local = run(graph)
+    assert local.restarts == 1
+    assert state["words"]["replay"]["counts"]["samples"] == state["roles"]["sampler_0"]["steps"] == 800
+
+
 def test_the_server_of_forks_may_die() -> None:
     killed: list[int] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -148,6 +149,25 @@ def test_what_was_killed_is_repeated_once_it_was_resumed(tmp_path: Path) -> None
     resumed = rookery.resume(path, steps=at + 200, quiet=True)
     assert {each.stem for each in (path / "arrivals").iterdir()} == {"0-1000000", f"{at}-{at + 200}"}
     assert differences(resumed, again(resumed)) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_without_space_for_the_record_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    flush, flushes = Arrivals.flush, itertools.count()
+
+    def full(arrivals: Arrivals) -> None:
+        if next(flushes) == 1:
+            arrivals._file = Path("/dev/full").open("wb")  # noqa: SIM115
+        flush(arrivals)
+
+    monkeypatch.setattr(Arrivals, "flush", full)
+    run = local("impala", tmp_path / "run", actors=2)
+    assert run.checkpoints.latest()[0] == run.summary["steps"] > 0
+    assert "No space left on device; this part of the run cannot be rerun." in caplog.text
+    with pytest.raises(ValueError, match="has no record of who came when from its beginning on"):
+        again(run)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,6 +76,17 @@ def test_no_law_is_left_out_by_mistake() -> None:
         "test_the_global_generator_is_left_alone",
         "test_writers_insert_in_turn",
     }
+
+
+def test_room_that_was_claimed_is_given_back() -> None:
+    """Where the program began Ray itself, which goes on after the run."""
+    before = ray.available_resources()["CPU"]
+    graph = test_laws.weights_graph(roles.reader, [[1, 2]], readers=2, until=2)
+    seats.Ray(lambda *row: None, deadline=120).run(graph, lambda *_: False)
+    until = time.monotonic() + 30
+    while ray.available_resources()["CPU"] < before:
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
