@@ -87,10 +87,11 @@ class Shared:
 
 
 def new_memory(flat: FlatParameters, optimizer: MakeOptimizer, learners: int) -> Memory:
-    """Memory for so many learners that begins with these weights, as nested dicts of tensors."""
-    statistics = {name: _statistics(optimizer, gradient) for name, gradient in flat.gradients.items()}
+    """Memory in RAM for so many learners that begins with these weights, as nested dicts of tensors."""
+    statistics = {name: _statistics(optimizer, gradient.cpu()) for name, gradient in flat.gradients.items()}
     counts = {name: torch.zeros(learners, dtype=torch.int64) for name in ("steps", "updates")}
-    return {"values": flat.snapshot(), "statistics": statistics, **counts, "versions": counts["steps"] + 1}
+    values = {name: value.cpu() for name, value in flat.snapshot().items()}
+    return {"values": values, "statistics": statistics, **counts, "versions": counts["steps"] + 1}
 
 
 def _statistics(optimizer: MakeOptimizer, like: Tensor) -> dict[str, Any]:

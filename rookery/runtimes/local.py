@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from rookery.runtimes.arrivals import DIED, KEPT, MESSAGE, MOVED, PAUSE, RELENT, RESUME, TURN, Arrivals
@@ -83,7 +84,7 @@ class Local:
         self._measured: dict[str, Any] | None = None  # when the run was over
         self._since = 0.0  # when there was last nothing to hear
         self._seed = 0  # of the graph
-        self._hearing: tuple[Member, float] | None = None  # whose message is being read, and since when
+        self._with: tuple[Member, float] | None = None  # who is listened or spoken to, and since when
         self._quiet = threading.Event()  # nobody is heard any more
         self._boxes: dict[int, Box] = {}
         self._paused = False
@@ -180,10 +181,10 @@ class Local:
         threading.Thread(target=self._interrupt, daemon=True).start()
 
     def _interrupt(self) -> None:
-        """In a thread: kill who began to say something and never ends, which reading would wait for."""
+        """In a thread: kill who never ends what it began to say, or never listens, for which reading or writing waits."""
         while not self._quiet.wait(min(1.0, self.deadline / 4)):
-            if (hearing := self._hearing) is not None and time.monotonic() - hearing[1] > self.deadline:
-                hearing[0].process.kill()
+            if (now_with := self._with) is not None and time.monotonic() - now_with[1] > self.deadline:
+                now_with[0].process.kill()
 
     def snapshot(self) -> State:
         """The run's state once nobody is at work: what is begun is finished, nothing new is started."""
@@ -277,13 +278,17 @@ class Local:
                 return
 
     def _read(self, member: Member) -> Any:
-        """A member's next message; how long it took to come is not counted against those who wait to be heard."""
+        """A member's next message."""
+        return self._by(member, member.connection.recv)
+
+    def _by(self, member: Member, talks: Callable[..., Any], *words: Any) -> Any:
+        """Hear a member or speak to it; how long that takes is not counted against those who wait to be heard."""
         began = time.monotonic()
-        self._hearing = (member, began)
+        self._with = (member, began)
         try:
-            return member.connection.recv()
+            return talks(*words)
         finally:
-            self._hearing = None
+            self._with = None
             if (blocked := time.monotonic() - began) > TICK:
                 for each in self.members:
                     each.since += blocked
@@ -394,9 +399,9 @@ class Local:
     def _start(self, member: Member) -> None:
         for attempt in range(STARTS):
             member.connection, theirs = multiprocessing.Pipe()
-            args = (theirs, member.spec, member.seed, member.kept, self.threads)
             try:
-                process = started(main, args, member.name)
+                part = ForkingPickler.dumps((member.spec, member.seed, member.kept))
+                process = started(main, (theirs, self.threads), member.name)
                 break
             except (AttributeError, TypeError, pickle.PicklingError) as error:
                 raise ValueError(
@@ -412,6 +417,8 @@ class Local:
                 theirs.close()
         member.process, member.since, member.over = process, time.monotonic(), False
         member.begin()
+        with contextlib.suppress(OSError):  # its end is noticed at the next turn
+            self._by(member, member.connection.send_bytes, part)
 
     def _revive(self, member: Member, reason: str, error: BaseException) -> None:
         """Start a role again that has failed, and take back what it held."""
@@ -480,7 +487,7 @@ class Local:
 
     def _send(self, member: Member, *message: Any) -> None:
         with contextlib.suppress(OSError):  # its end is noticed at the next turn
-            member.connection.send(message)
+            self._by(member, member.connection.send, message)
 
     def _close(self, member: Member, patience: float) -> None:
         """End a process, first by asking, then by force."""

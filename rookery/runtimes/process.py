@@ -295,14 +295,18 @@ class LinkedRole:
         return part
 
 
-def main(connection: Connection, spec: RoleSpec, seed: int, saved: dict[str, Any] | None, threads: int) -> None:
-    """What the process of a role does."""
+def main(connection: Connection, threads: int) -> None:
+    """What the process of a role does, which it is told first: its spec, its seed and its state, packed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the runtime decides
     signal.signal(signal.SIGTERM, lambda *_: None)  # and so does one to the whole group; not inherited by exec
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SHELTERED)
+    _die_with_parent()
+    try:
+        spec, seed, saved = connection.recv()
+    except EOFError:  # the runtime is gone
+        return
     with suppress(OSError):
         Path("/proc/self/comm").write_text(f"{spec.name} {spec.index}")  # for `top` and `ps` (Linux)
-    _die_with_parent()
     torch.set_num_threads(threads)
     live(Link(connection), spec, seed, saved)
 

@@ -17,6 +17,7 @@ from rookery.runtimes.words import Graph
 
 __all__ = [
     "Diary",
+    "Endless",
     "Lesson",
     "Poisoned",
     "Slot",
@@ -24,6 +25,7 @@ __all__ = [
     "brittle",
     "corrupt",
     "counter",
+    "deaf",
     "diarist",
     "freezer",
     "idler",
@@ -37,7 +39,9 @@ __all__ = [
     "sleeper",
     "stuck",
     "taker",
+    "talker",
     "ticking",
+    "unreachable",
     "watcher",
     "writer",
 ]
@@ -264,6 +268,38 @@ async def freezer(role: Any, queue: Any, marker: Path) -> None:
         marker.touch()
         ctypes.PyDLL(None).sleep(600)
     queue.put(slot)
+
+
+class Endless:
+    """Never arrives: to make it again takes an hour."""
+
+    def __reduce__(self) -> Any:
+        return time.sleep, (3600,)
+
+
+async def unreachable(role: Any, weights: Any, endless: Endless, more: bytes) -> None:
+    """Hangs before it begins, with more of its arguments behind than a pipe holds."""
+
+
+async def deaf(role: Any, calls: Any, marker: Path) -> None:
+    """Asks for more than a pipe holds, and in its first life is stopped before it hears it."""
+    asked = calls.ask(await calls.slot(Slot, role.index))
+    if not marker.exists():
+        marker.touch()
+        pid = os.getpid()
+        if os.fork() == 0:
+            time.sleep(0.2)
+            os.kill(pid, signal.SIGSTOP)
+            os._exit(0)
+    assert len(await asked) == 4_000_000
+    role.advance(1)
+
+
+async def talker(role: Any, calls: Any) -> None:
+    while True:
+        for _, answer in await calls.requests(1):
+            time.sleep(0.5)
+            answer(bytes(4_000_000))
 
 
 async def taker(role: Any, queue: Any) -> None:

@@ -298,6 +298,22 @@ def test_who_hangs_at_the_beginning_of_a_message_is_replaced(tmp_path: Path) -> 
     assert [row[3]["restarted"] for row in rows] == ["freezer 0"]
 
 
+def test_who_does_not_listen_is_replaced(tmp_path: Path) -> None:
+    """To tell it something would take for ever, and this process hears nobody else meanwhile, nor Ctrl-C."""
+    graph = Graph(0)
+    calls = graph.word("calls", "calls")
+    graph.role(mortals.deaf, calls=calls, marker=tmp_path / "marker", ends_run=True)
+    graph.role(mortals.talker, calls=calls)
+    _, state, local = run(graph, deadline=1.0)
+    assert (local.restarts, state["steps"]) == (1, 1)
+
+
+def test_who_never_begins_ends_the_run() -> None:
+    graph = beside_a_clock(mortals.unreachable, endless=mortals.Endless(), more=bytes(1_000_000))
+    with pytest.raises(RoleError, match=r"^unreachable 0 failed 3 times in a row: it was not heard of for 1 s$"):
+        run(graph, deadline=1.0, failures=3)
+
+
 def beside_a_clock(role: Callable[..., Any], **how: Any) -> Graph:
     """The role, and another that goes on whatever happens to it."""
     graph = Graph(0)
