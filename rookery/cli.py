@@ -7,6 +7,7 @@ import difflib
 import inspect
 import json
 import os
+import re
 import sys
 import textwrap
 import warnings
@@ -167,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
         warnings.formatwarning = lambda message, *_, **__: f"rookery: {message}\n"
         heed()
     traceback = "--traceback" in words
-    verb, *rest = [word for word in words if word != "--traceback"] or ["help"]
+    verb, *rest = [_number(word) for word in words if word != "--traceback"] or ["help"]
     if verb in ("help", "-h", "--help"):
         print(USAGE, end="")
         return
@@ -200,16 +201,27 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
+def _number(word: str) -> str:
+    """The word, or a large number in digits that was written as 1e6."""
+    large = re.fullmatch(r"(--[\w-]+=)?(\d+(?:\.\d+)?e\+?\d{1,2})", word, re.IGNORECASE)
+    if large is None or not float(large[2]).is_integer():
+        return word
+    return f"{large[1] or ''}{int(float(large[2]))}"
+
+
 def train(words: list[str]) -> None:
     """`rookery train SYSTEM ENV [flags]`: the flags are the fields of the algorithm and of a run's options."""
     system, env = _named("train", words)
     from rookery.settings import resolve
+    from rookery.systems import recipe
     from rookery.train import train as run_training
 
     name, algorithm, options = resolve(system, env, {}, tuned="no_recipe" not in _asked(words))
     about = f"Train {name} on {env}. A setting that no flag names keeps its default, which is shown."
     given = _given("train", words, about, name, {"run": options, name: algorithm, "display": Display()})
     settings = {**vars(given["run"]), **vars(given[name])}
+    if not (given["display"].quiet or recipe(name, env)):
+        print(f"No settings are tuned for {name} on {env}: those of the system hold, which may be of other tasks.")
     _finish(run_training(system, env, run_dir=given["display"].run_dir, quiet=given["display"].quiet, **settings))
 
 
@@ -270,13 +282,15 @@ def evaluate(words: list[str]) -> None:
     """`rookery eval RUN [--episodes N] [--json] [--which latest|best]`."""
     given = _parse(Eval, "eval", words)
     from rookery.run import load
+    from rookery.runs.metrics import succeeded
 
     found = load(given.run, env=given.env).evaluate(given.episodes, given.seed, given.which)
     summary = found.summary()
     if given.json:
         print(json.dumps({**summary, "returns": found.returns, "lengths": found.lengths}))
     else:
-        print("return {eval_return_mean:.2f} ± {eval_return_std:.2f} over {eval_episodes} episodes".format(**summary))
+        text = "return {eval_return_mean:.2f} ± {eval_return_std:.2f} over {eval_episodes} episodes"
+        print(f"{text.format(**summary)}{succeeded(summary)}")
 
 
 def video(words: list[str]) -> None:
@@ -383,6 +397,8 @@ def _given(verb: str, words: list[str], about: str, name: str, parts: dict[str, 
 
 def _finish(run: Run) -> None:
     """Say where everything is, and how to go on."""
+    from rookery.runs.metrics import succeeded
+
     summary = run.summary
     if run.signal is not None:
         print(
@@ -391,7 +407,8 @@ def _finish(run: Run) -> None:
         sys.exit(128 + run.signal)
     print(
         f"{summary['system']} on {summary['env']}: evaluation {summary['eval_return_mean']:.1f} ± "
-        f"{summary['eval_return_std']:.1f} over {summary['eval_episodes']} episodes, {summary['steps']:,} steps in "
+        f"{summary['eval_return_std']:.1f} over {summary['eval_episodes']} episodes{succeeded(summary)}, "
+        f"{summary['steps']:,} steps in "
         f"{summary['seconds']:.1f} s."
     )
     print(f"limit       {summary['bottleneck']['limit']}: {summary['bottleneck']['because']}")

@@ -275,6 +275,11 @@ def build(
     name: str, algorithm: Algorithm, env: EnvLike, options: Options, network: Network | None
 ) -> tuple[Run, Options]:
     """Check that everything fits, and make the run that is to be executed, without a folder yet."""
+    if network is not None and not callable(network):
+        raise ValueError(
+            f"network={network!r} is neither a module nor what makes one from an EnvSpec; of the usual network, "
+            "`hidden` sets the layers."
+        )
     with closing(MakeEnv(env, dataclasses.replace(options, device=device_of(options.device)))(1, options.seed)) as one:
         spec = one.spec
     options = options.resolved(spec)

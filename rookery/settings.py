@@ -29,6 +29,36 @@ RESERVED = {name: f"use the option {name}" for name in ("device", "seed", "envs"
 RESERVED |= {"lanes": "use the option envs", "render": "leave it out, for a video draws anyhow"}
 RESERVED |= dict.fromkeys(("id", "source"), "the environment is named in its own place")
 
+# What other libraries call them (Stable-Baselines3, CleanRL, RLlib).
+ELSEWHERE = {
+    theirs: ours
+    for ours, names in {
+        "actors": "num_workers num_env_runners n_workers num_actors",
+        "alpha": "prioritized_replay_alpha",
+        "batch": "batch_size train_batch_size",
+        "beta": "prioritized_replay_beta",
+        "capacity": "buffer_size replay_buffer_capacity",
+        "clip": "clip_range clip_coef clip_param",
+        "entropy_coef": "ent_coef entropy_coeff",
+        "envs": "n_envs num_envs num_envs_per_env_runner num_envs_per_worker",
+        "epochs": "n_epochs num_epochs update_epochs num_sgd_iter",
+        "epsilon": "exploration_final_eps",
+        "epsilon_start": "exploration_initial_eps",
+        "hidden": "net_arch fcnet_hiddens",
+        "lam": "gae_lambda lambda_",
+        "learners": "num_learners",
+        "lr": "learning_rate",
+        "max_grad_norm": "grad_clip max_gradient_norm",
+        "minibatches": "num_minibatches",
+        "steps": "total_timesteps timesteps",
+        "target_period": "target_update_interval target_network_update_freq",
+        "unroll": "n_steps num_steps rollout_fragment_length",
+        "updates_per_step": "gradient_steps",
+        "value_coef": "vf_coef vf_loss_coeff",
+    }.items()
+    for theirs in names.split()
+}
+
 OF_CLUSTER = ("address", "placement", "min_actors", "role_needs")  # options that mean nothing elsewhere
 
 
@@ -189,9 +219,10 @@ def device_of(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r} is none that torch knows; use 'auto', 'cpu' or 'cuda'.") from error
+        if torch.device(device).type not in ("cpu", "cuda"):
+            torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, with pages of text
+        raise ValueError(f"device={device!r} is none that torch can use here; use 'auto', 'cpu' or 'cuda'.") from error
     return device
 
 
@@ -208,7 +239,8 @@ def refuse_unknown(settings: Iterable[str], known: set[str], owner: str) -> None
         others = [system for system in SYSTEMS if name in _fields(find(system).algorithm_class())]
         if others:
             raise ValueError(f"{name}: no setting of {owner}, but of {', '.join(others)}.")
-        near = difflib.get_close_matches(name, known, 3, 0.5) or sorted(known)
+        elsewhere = {ELSEWHERE[name]} & known if name in ELSEWHERE else set()
+        near = [*elsewhere] or difflib.get_close_matches(name, known, 3, 0.5) or sorted(known)
         raise ValueError(f"{name}: no setting of {owner}; nearest: {', '.join(near)}.")
 
 

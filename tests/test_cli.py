@@ -279,6 +279,24 @@ def test_a_wrong_value_is_refused(flags: str, message: str, say: Any) -> None:
     assert "Traceback" not in said.err
 
 
+@pytest.mark.parametrize("steps", ["1e2", "--steps=1e2", "1E+2"])
+def test_large_numbers_may_be_written_short(steps: str, say: Any, tmp_path: Path) -> None:
+    words = [steps] if "=" in steps else ["--steps", steps]
+    tiny = [word for word in TINY if word != TINY[TINY.index("--steps") + 1] and word != "--steps"]
+    assert (
+        say("train", "ppo", "tensor:CartPole-v1", *tiny, *words, "--quiet", "--run-dir", tmp_path / "run").status == 0
+    )
+    assert rookery.load(tmp_path / "run").config["options"]["steps"] == 100
+
+
+def test_success_is_said_where_there_are_goals(say: Any, tmp_path: Path) -> None:
+    few = {"steps": 300, "envs": 2, "learning-starts": 50, "eval-episodes": 2, "hidden": 8}
+    words = [str(word) for name, value in few.items() for word in (f"--{name}", value)]
+    said = say("train", "dqn", "tensor:BitFlip-v0", *words, "--quiet", "--run-dir", tmp_path / "run")
+    assert re.search(r"over 2 episodes, success \d+%, 300 steps", said.out), said.out + said.err
+    assert re.search(r"over 20 episodes, success \d+%", say("eval", tmp_path / "run").out)
+
+
 @pytest.mark.parametrize("episodes", [0, -3])
 def test_no_episodes(episodes: int, say: Any, trained: list[Path]) -> None:
     said = refused(say("eval", trained[0], "--episodes", episodes))

@@ -249,7 +249,8 @@ def make_envs(maker: Maker, lanes: range, render: bool, at: np.ndarray) -> list[
         try:
             envs.append(maker(render=render and lane == 0))
         except Exception as error:
-            text = f"could not be made: {type(error).__name__}: {error}\n{traceback.format_exc()}"
+            hint = "; to be drawn it has to take render_mode, and to have render()" * ("render_mode" in str(error))
+            text = f"could not be made: {type(error).__name__}: {error}{hint}\n{traceback.format_exc()}"
             raise LaneError(lane, text) from error
     return envs
 

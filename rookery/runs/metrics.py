@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from rookery.runs.files import reason, write_text
 
-__all__ = ["FIRST", "RUNTIME", "LastReturns", "MetricsError", "MetricsLog", "Tail", "plain", "read"]
+__all__ = ["FIRST", "RUNTIME", "LastReturns", "MetricsError", "MetricsLog", "Tail", "plain", "read", "succeeded"]
 
 FIRST = ("step", "role", "index")  # these keys come first in every line, the others follow by name
 RUNTIME = "runtime"  # the role whose rows depend on the clock: how many there are, when, and what they say
@@ -129,6 +129,12 @@ class MetricsLog:
 
     def _unwritable(self, error: OSError) -> MetricsError:
         return MetricsError(f"{self.path} could not be written: {reason(error)}; free some space and resume the run.")
+
+
+def succeeded(evaluation: Mapping[str, Any]) -> str:
+    """How often its goals were reached, where that is known, to follow what else is said of an evaluation."""
+    share = evaluation.get("eval_success")
+    return "" if share is None else f", success {share:.0%}"
 
 
 class Tail:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rookery.runs.metrics import RUNTIME, LastReturns
+from rookery.runs.metrics import RUNTIME, LastReturns, succeeded
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -170,7 +170,8 @@ class Progress:
         parts = [str(self._returns)] if self._returns.episodes else []
         mean, std = (self._evaluation.get(name) for name in ("eval_return_mean", "eval_return_std"))
         if mean is not None:
-            parts.append(f"evaluation {mean:.1f}" + (f" ± {std:.1f}" if std is not None else ""))
+            spread = f" ± {std:.1f}" if std is not None else ""
+            parts.append(f"evaluation {mean:.1f}{spread}{succeeded(self._evaluation)}")
         return parts
 
     def _load(self) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rookery.runs.account import condensed, kind_of
 from rookery.runs.folder import RunFolder
-from rookery.runs.metrics import RUNTIME, LastReturns, Tail
+from rookery.runs.metrics import RUNTIME, LastReturns, Tail, succeeded
 from rookery.runs.scene import Arrow, Scene, amount, overview, scene
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Watched:
         parts += [f"{(step - least) / (now - before):,.0f} steps/s"] if now > before and not self.ended else []
         parts += [str(self._returns)] if self._returns.episodes else []
         evaluated, lag = self._evaluation.get("eval_return_mean"), self._learner.get("policy_lag")
-        parts += [f"evaluation {evaluated:.1f}"] if evaluated is not None else []
+        parts += [f"evaluation {evaluated:.1f}{succeeded(self._evaluation)}"] if evaluated is not None else []
         parts += [f"policy lag {lag:.1f}, at most {self._learner['policy_lag_max']}"] if lag is not None else []
         if self.ended:
             return "  ".join(["over", *parts])

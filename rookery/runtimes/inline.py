@@ -69,6 +69,14 @@ def until(ready: Callable[[], bool], what: str, word: str) -> Generator[Wait, No
         done = False
 
 
+def said(error: BaseException) -> str:
+    """What an error says; with its type, where that is no sentence, as a KeyError's is a key."""
+    text = str(error)
+    if " " in text and not isinstance(error, KeyError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 class InlineQueue:
     """`Queue` within one process: slots are handed on by reference."""
 
@@ -385,7 +393,7 @@ class InlineRole:
         except StopIteration:
             self.over, self.waits_for, done = True, "nothing, it has ended", True
         except Exception as error:
-            raise RoleError(f"{self.title} failed: {error}") from error
+            raise RoleError(f"{self.title} failed: {said(error)}") from error
         if done:
             self._meter.turn(WORK, began)
             self._meter.turn(word, time.perf_counter())

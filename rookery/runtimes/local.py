@@ -25,7 +25,7 @@ from typing import Any
 from rookery.runtimes.arrivals import DIED, KEPT, MESSAGE, MOVED, PAUSE, RELENT, RESUME, TURN, Arrivals
 from rookery.runtimes.boxes import fill, packed, unpacked
 from rookery.runtimes.forks import preload, started
-from rookery.runtimes.inline import Deadlock, RoleError, State, restore, role_seed
+from rookery.runtimes.inline import Deadlock, RoleError, State, restore, role_seed, said
 from rookery.runtimes.local_words import WORDS, Box, Member
 from rookery.runtimes.meter import WORK, Meter
 from rookery.runtimes.process import UNGUARDED, main
@@ -77,6 +77,7 @@ class Local:
         self.failures, self.often = failures, often
         self.arrivals = arrivals
         self.steps = self.restarts = self.dropped = 0
+        self._traced: set[str] = set()  # why roles have failed, of which the traceback is told
         self.members: list[Member] = []
         self._queue: list[Member] = []  # the members, who was answered longest ago first
         self.words: dict[str, Any] = {}
@@ -181,7 +182,7 @@ class Local:
         threading.Thread(target=self._interrupt, daemon=True).start()
 
     def _interrupt(self) -> None:
-        """In a thread: kill who never ends what it began to say, or never listens, for which reading or writing waits."""
+        """In a thread: kill who never ends what it began to say, or never listens: this process waits for both."""
         while not self._quiet.wait(min(1.0, self.deadline / 4)):
             if (now_with := self._with) is not None and time.monotonic() - now_with[1] > self.deadline:
                 now_with[0].process.kill()
@@ -299,7 +300,7 @@ class Local:
         except RoleError:
             raise
         except Exception as error:  # a word's, on the role's behalf
-            raise RoleError(f"{member.name} failed: {error}") from error
+            raise RoleError(f"{member.name} failed: {said(error)}") from error
 
     def _note(self, what: int, member: Member | None = None) -> None:
         if self.arrivals is not None:
@@ -392,7 +393,7 @@ class Local:
             self._send(member, "answer", answer.value)
             return True
         except Exception as error:
-            raise RoleError(f"{member.name} failed: {error}") from error
+            raise RoleError(f"{member.name} failed: {said(error)}") from error
 
     # Processes.
 
@@ -430,7 +431,6 @@ class Local:
         self.dropped += lost
         why = _brief(reason, str(error))
         self.meter.role(member.name).dies(lost, why, time.perf_counter())
-        own = None if isinstance(error, (EOFError, OSError)) else error  # those say only that its process has ended
         member.over = True  # if it is not started again
         if member.failures >= self.failures:
             raise RoleError(f"{member.name} failed {member.failures} times in a row: {reason}") from error
@@ -438,7 +438,9 @@ class Local:
             within = f"{len(member.deaths)} times within {WINDOW / 60:g} minutes"
             raise RoleError(f"{member.name} failed {within}: {reason}") from error
         held = f", and {lost:,} unit{'s' if lost > 1 else ''} of its work dropped" if lost else ""
-        log.warning("%s failed: %s; it is started again%s.", member.name, reason, held, exc_info=own)
+        trace = "" if isinstance(error, (EOFError, OSError)) or why in self._traced else f"\n{str(error).rstrip()}"
+        self._traced.add(why)
+        log.warning("%s failed: %s; it is started again%s.%s", member.name, reason.partition("\n")[0], held, trace)
         self.restarts += 1
         row = {"restarted": member.name, "dropped": lost, "reason": why}
         self.report("runtime", member.spec.index, self.steps, row)

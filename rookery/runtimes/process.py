@@ -22,7 +22,7 @@ import torch
 
 from rookery.runtimes.boxes import copied, fill, fits, packed, pour, unpacked
 from rookery.runtimes.forks import SHELTERED
-from rookery.runtimes.inline import restore
+from rookery.runtimes.inline import restore, said
 from rookery.runtimes.meter import Told, combined, told
 from rookery.runtimes.words import Part, Published, RoleSpec, Stateful
 
@@ -317,7 +317,7 @@ def live(link: Link, spec: RoleSpec, seed: int, saved: dict[str, Any] | None) ->
         try:
             _play(begun(link, spec, seed, saved), spec.name)
         except Exception as error:
-            link.send("failed", str(error) or repr(error), traceback.format_exc())
+            link.send("failed", said(error), traceback.format_exc())
         else:
             link.account()
             link.send("over", link.state())

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from rookery.runtimes.arrivals import DIED, KEPT, PAUSE, RELENT, RESUME, Replayed
-from rookery.runtimes.inline import State
+from rookery.runtimes.inline import State, said
 from rookery.runtimes.local import ASIDE, Local
 from rookery.runtimes.local_words import Member
 from rookery.runtimes.process import Ended, Link, begun
@@ -194,7 +194,7 @@ class Rerun(Local):
         except Ended:
             pass
         except Exception as error:  # what it did then, too
-            link.send("failed", str(error) or repr(error), traceback.format_exc())
+            link.send("failed", said(error), traceback.format_exc())
         counts = (member.spec.name, member.spec.index) == ("learner", 0) and link.part is not None
         if self.until is not None and counts and self._learner.updates >= self.until:
             raise Reached(self._standing())
