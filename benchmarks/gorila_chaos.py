@@ -22,17 +22,20 @@ from rookery.algorithms.dqn import DQN
 from rookery.runtimes.words import Graph
 from rookery.topologies import parameter_server
 
-SLOW = 0.05  # seconds more for each gradient of bundle 0
+SLOW = 0.5  # seconds more for each gradient of bundle 0
 KILLS = 20.0  # seconds between kills
 POISON = 0.01  # share of gradients whose rewards are a thousand times what they were
 SAFE = {"max_delay": 20, "outliers": 30.0}
 BARE = {"max_delay": 0, "outliers": 0.0}
-ARMS: dict[str, dict[str, float]] = {
+SQUARES = {"huber": False, "max_grad_norm": None}  # with errors clipped, poison is harmless
+ARMS: dict[str, dict[str, Any]] = {
     "clean": {},
     "slow": {"slow": SLOW},
     "dying": {"kills": KILLS},
     "poisoned": {"poison": POISON},
-    "all": {"slow": SLOW, "kills": KILLS, "poison": POISON},
+    "squares": {"settings": SQUARES},
+    "squares poisoned": {"poison": POISON, "settings": SQUARES},
+    "all": {"slow": SLOW, "kills": KILLS, "poison": POISON, "settings": SQUARES},
 }
 COUNTS = ("updates", "stale", "outliers", "restarts", "lost")
 GOAL = 475.0
@@ -40,8 +43,10 @@ LIMIT = 1_800.0  # seconds a run may take
 NOTES = f"""Four bundles and two shards, each a process; the settings of `rookery train gorila CartPole-v1` but the
 safeguards, which are max_delay=20 and outliers=30, or off. Slow: bundle 0 sleeps {SLOW * 1000:g} ms a gradient. Dying:
 every {KILLS:g} s a bundle chosen at random is killed (SIGKILL), and begins again at once. Poisoned: with probability
-{POISON:g} the rewards of a batch of samples are multiplied by 1000, in every bundle. All: all three. The return is that
-of 20 greedy episodes at the end, of each seed; "reached" is the updates of the server at the first evaluation of 475 or
+{POISON:g} the rewards of a batch of samples are multiplied by 1000, in every bundle. Squares: the squared error, and a
+gradient of any norm, where the recipe clips both, so that what is poisoned does harm. All: slow, dying and squares
+poisoned. The return is that of 20 greedy episodes at the end, of each seed, "second half" the mean of the
+evaluations in the run's second half; "reached" is the updates of the server at the first evaluation of {GOAL:g} or
 more, and "held" whether all later ones were. Stale and outliers are gradients dropped, of all bundles; restarts are of
 processes, and lost what they were at. A round is a seed, from 0 on; these columns are medians over seeds."""
 
@@ -108,7 +113,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     )
     settings = {"actors": 4, "shards": 2, "seed": spec["seed"], "runtime": "local", **(SAFE if spec["safe"] else BARE)}
     settings |= {"device": "cpu", "threads": 1, "deadline": 120.0, "quiet": True, "sinks": ()}
-    settings |= {"steps": spec["steps"]} if spec["steps"] else {}
+    settings |= faults.get("settings", {}) | ({"steps": spec["steps"]} if spec["steps"] else {})
     over, every = threading.Event(), faults.get("kills", 0.0)
     killer = threading.Thread(target=kill, args=(spec["seed"], spec["kills"] or every, over), daemon=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -124,6 +129,8 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
 def measured(rows: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
     """The numbers of the table."""
     updates, reached, held, outliers = 0, None, True, {}
+    half = summary["steps"] / 2
+    late = [row["eval_return_mean"] for row in rows if row["role"] == "evaluator" and row["step"] > half]
     for row in rows:
         updates = row.get("updates", updates) if row["role"] == "shard" else updates
         if "outlier_dropped" in row:
@@ -135,6 +142,7 @@ def measured(rows: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, A
     stale = [row["stale_dropped"] for row in rows if "stale_dropped" in row]
     return {
         "score": summary["eval_return_mean"],
+        "late": statistics.mean(late),
         "reached": reached,
         "held": held and reached is not None,
         "updates": updates,
@@ -174,19 +182,20 @@ def main() -> None:
     )
     rows = []
     for name, runs in found.items():
-        scores = [run["score"] for run in runs]
+        scores, late = ([run[each] for run in runs] for each in ("score", "late"))
         reached = [run["reached"] for run in runs if run["reached"] is not None]
         counts = [f"{statistics.median(run[each] for run in runs):g}" for each in COUNTS]
         rows.append(
             [
                 *name.split(", "),
                 f"{statistics.mean(scores):.0f} ({', '.join(f'{score:.0f}' for score in scores)})",
+                f"{statistics.mean(late):.0f} ({', '.join(f'{score:.0f}' for score in late)})",
                 f"{statistics.median(reached):g} ({len(reached)} of {len(runs)})" if reached else "never",
                 f"{sum(run['held'] for run in runs)} of {len(runs)}",
                 *counts,
             ]
         )
-    head = ["arm", "safeguards", "return", "reached", "held", *COUNTS]
+    head = ["arm", "safeguards", "return", "second half", "reached", "held", *COUNTS]
     text = [table(head, rows), NOTES, *told(failed)]
     result = {"steps": steps, "results": found, "failed": failed}
     finish(args, "gorila_chaos", about, result, "Gorila under faults", *text)

@@ -87,9 +87,10 @@ class ReplayPlan:
         if self.burn_in and not self.sequence:
             raise Refused(f"burn_in={self.burn_in} comes before sequences, and sequence=0 samples transitions; use 0.")
         if self.hindsight and (self.n_step > 1 or self.sequence):
+            name, single = ("sequence", 0) if self.sequence else ("n_step", 1)
             raise Refused(
-                f"hindsight={self.hindsight} relabels single transitions, and n_step={self.n_step}, "
-                f"sequence={self.sequence} have several; use n_step=1 and sequence=0."
+                f"hindsight={self.hindsight} relabels single transitions, and {name}={getattr(self, name)} makes "
+                f"samples of several; use {name}={single}."
             )
         if self.capacity <= self.longest:
             raise Refused(f"capacity={self.capacity} rows hold no sample of {self._in_words}; use more.")

@@ -143,7 +143,8 @@ def _fastest(id: str, lanes: int, device: torch.device, compile: bool = False) -
     if not having:
         known = env_ids()
         near = difflib.get_close_matches(id, known, 3, cutoff=0.4) or difflib.get_close_matches(id, known, 3, 0.0)
-        raise ValueError(f"no backend has an environment {id!r}; nearest: {', '.join(near)}.")
+        own = "One of your own is named module:Name, after the file it is in and its class or function."
+        raise ValueError(f"no backend has an environment {id!r}; nearest: {', '.join(near)}. {own}")
     return next((backend for backend in having if backend != "tensor"), "tensor")
 
 

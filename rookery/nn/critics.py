@@ -182,8 +182,8 @@ def _check_actions(spec: EnvSpec, kind: Kind) -> None:
         return
     if not isinstance(space, spaces.Box) or not space.is_bounded() or np.issubdtype(space.dtype, np.integer):
         raise ValueError(
-            f"Its actor acts in one bounded Box of floats, and {spec.id} has {space}; "
-            "use sac or dqn for Discrete actions, and ppo for any."
+            f"{spec.id} has actions {space}, and the actors of ddpg, td3, sac, d4pg and mpo act in one bounded Box of "
+            "floats; use sac or dqn for Discrete actions, and ppo for any."
         )
     if (MASK,) in leaves(spec.obs_space):
         raise ValueError(f"Box actions cannot be masked, and {spec.id} observes an action_mask; drop that key.")
