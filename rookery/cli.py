@@ -46,8 +46,9 @@ HELP = {
   rookery train ppo CartPole-v1 --help           every flag, and its value in this run
   rookery train ppo --help                       the same before tuning, whatever the environment
   rookery train ppo my_module:MyEnv              a Gymnasium environment of your own
+  rookery train my_module:MyPPO CartPole-v1      an algorithm of your own, a class
 
-SYSTEM is one of these; `rookery list systems` says what they are:
+SYSTEM is one of these, or module:Name of a class; `rookery list systems` says what they are:
 {systems}
 ENV is an id that `rookery list envs` prints, or module:Name of a class or function that makes one.
 """,
@@ -79,6 +80,7 @@ class Display:
 
     run_dir: Path | None = None  # a new folder; by default under runs/
     quiet: bool = False  # no progress display
+    network: str | None = None  # module:Name of your own part between observation and heads
     recipe: bool = True  # begin from the settings tuned for this environment
 
 
@@ -89,6 +91,8 @@ class Resume:
     run: str  # the run's folder, or the URL that it was copied to
     steps: int | None = None  # a new budget, those already done included; by default the run's own
     env: str | None = None  # module:Name, for a run on an environment of your own
+    algorithm: str | None = None  # module:Name of its class, for a run with an algorithm of your own
+    network: str | None = None  # module:Name, for a run with a network of your own
     quiet: bool = False  # no progress display
     run_dir: Path | None = None  # a new folder for what is fetched from a URL; by default under runs/
     address: str | None = None  # of another Ray cluster than before
@@ -102,6 +106,8 @@ class Rerun:
     until: int | None = None  # stop after so many updates of the learner
     run_dir: Path | None = None  # a new folder; by default under runs/
     env: str | None = None  # module:Name, for a run on an environment of your own
+    algorithm: str | None = None  # module:Name of its class, for a run with an algorithm of your own
+    network: str | None = None  # module:Name, for a run with a network of your own
     quiet: bool = False  # no progress display
 
 
@@ -114,6 +120,8 @@ class Eval:
     seed: int = 1  # of the environment; the same seed plays the same episodes
     which: Literal["latest", "best"] = "latest"  # checkpoint; the best by the evaluations during training
     env: str | None = None  # module:Name, for a run on an environment of your own
+    algorithm: str | None = None  # module:Name of its class, for a run with an algorithm of your own
+    network: str | None = None  # module:Name, for a run with a network of your own
     json: bool = False  # print one JSON object, each return and length included
 
 
@@ -125,6 +133,8 @@ class Video:
     steps: int = 1000  # where the recording is cut off, if the episode has not ended
     seed: int = 1  # of the environment
     env: str | None = None  # module:Name, for a run on an environment of your own
+    algorithm: str | None = None  # module:Name of its class, for a run with an algorithm of your own
+    network: str | None = None  # module:Name, for a run with a network of your own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +211,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
+def _own(given: Any) -> dict[str, str | None]:
+    """What a run needs that is none of ours."""
+    return {"env": given.env, "algorithm": given.algorithm, "network": given.network}
+
+
 def _number(word: str) -> str:
     """The word, or a large number in digits that was written as 1e6."""
     large = re.fullmatch(r"(--[\w-]+=)?(\d+(?:\.\d+)?e\+?\d{1,2})", word, re.IGNORECASE)
@@ -220,9 +235,11 @@ def train(words: list[str]) -> None:
     about = f"Train {name} on {env}. A setting that no flag names keeps its default, which is shown."
     given = _given("train", words, about, name, {"run": options, name: algorithm, "display": Display()})
     settings = {**vars(given["run"]), **vars(given[name])}
-    if not (given["display"].quiet or recipe(name, env)):
+    display = given["display"]
+    if not (display.quiet or ":" in system or recipe(name, env)):
         print(f"No settings are tuned for {name} on {env}: those of the system hold, which may be of other tasks.")
-    _finish(run_training(system, env, run_dir=given["display"].run_dir, quiet=given["display"].quiet, **settings))
+    means = {"run_dir": display.run_dir, "quiet": display.quiet, "network": display.network}
+    _finish(run_training(system, env, **means, **settings))
 
 
 def plan(words: list[str]) -> None:
@@ -252,7 +269,12 @@ def resume(words: list[str]) -> None:
 
     _finish(
         go_on(
-            given.run, steps=given.steps, env=given.env, quiet=given.quiet, run_dir=given.run_dir, address=given.address
+            given.run,
+            steps=given.steps,
+            quiet=given.quiet,
+            run_dir=given.run_dir,
+            address=given.address,
+            **_own(given),
         )
     )
 
@@ -265,8 +287,8 @@ def rerun(words: list[str]) -> None:
     from rookery.run import load
     from rookery.runtimes.rerun import Diverged
 
-    again = repeat(given.run, until=given.until, run_dir=given.run_dir, env=given.env, quiet=given.quiet)
-    original = load(given.run, env=given.env)
+    again = repeat(given.run, until=given.until, run_dir=given.run_dir, quiet=given.quiet, **_own(given))
+    original = load(given.run, **_own(given))
     if (step := parting(original, again)) is not None:
         raise Diverged(f"{again.path} learnt something else, first seen at step {step:,}.")
     if again.summary["steps"] != original.summary["steps"]:
@@ -284,7 +306,7 @@ def evaluate(words: list[str]) -> None:
     from rookery.run import load
     from rookery.runs.metrics import succeeded
 
-    found = load(given.run, env=given.env).evaluate(given.episodes, given.seed, given.which)
+    found = load(given.run, **_own(given)).evaluate(given.episodes, given.seed, given.which)
     summary = found.summary()
     if given.json:
         print(json.dumps({**summary, "returns": found.returns, "lengths": found.lengths}))
@@ -298,7 +320,7 @@ def video(words: list[str]) -> None:
     given = _parse(Video, "video", words)
     from rookery.run import load
 
-    print(load(given.run, env=given.env).record_video(given.steps, given.seed))
+    print(load(given.run, **_own(given)).record_video(given.steps, given.seed))
 
 
 def watch(words: list[str]) -> None:

@@ -34,9 +34,9 @@ def rerun(
     until: int | None = None,
     run_dir: str | Path | None = None,
     quiet: bool = False,
-    algorithm: Algorithm | None = None,
+    algorithm: Algorithm | type[Algorithm] | str | None = None,
     env: EnvLike | None = None,
-    network: Network | None = None,
+    network: Network | str | None = None,
 ) -> Run:
     """Repeat a run of `runtime="local"` in this process: bit for bit where environments are, and all is on the CPU.
 

@@ -21,7 +21,7 @@ from rookery.envs.vector import Obs, VectorEnv
 from rookery.evaluator import Evaluation, Evaluator
 from rookery.runs.checkpoint import CheckpointError, Checkpoints
 from rookery.runs.folder import RunFolder, RunFolderError
-from rookery.settings import EnvLike, Options, as_dataclass, device_of
+from rookery.settings import EnvLike, Options, as_dataclass, device_of, named, own_algorithm
 from rookery.systems import SYSTEMS, System, find, system_of
 
 __all__ = ["MakeEnv", "MakeNet", "Policy", "Run", "build", "evaluate", "layout", "load", "threads"]
@@ -225,11 +225,13 @@ class Run:
 def load(
     path: str | Path,
     *,
-    algorithm: Algorithm | None = None,
+    algorithm: Algorithm | type[Algorithm] | str | None = None,
     env: EnvLike | None = None,
-    network: Network | None = None,
+    network: Network | str | None = None,
 ) -> Run:
-    """A run from its folder. No code is taken from there: hand in what was your own.
+    """A run from its folder. No code is taken from there: hand in what was your own, or `module:Name` of it.
+
+    An algorithm's class is enough: its settings are in the folder.
 
     Raises:
         RunFolderError, CheckpointError: if there is no run, or it is damaged.
@@ -244,14 +246,15 @@ def load(
         ("algorithm", own.get("algorithm"), algorithm),
     ):
         if needed and given is None:
-            option = " (on the command line: --env module:Name)" if what == "env" else " (in Python alone)"
             raise ValueError(
-                f"{folder.path} was trained with its own {what}; load(path, {what}=...) needs it again{option}."
+                f"{folder.path} was trained with its own {what}; load(path, {what}=...) needs it again (on the command "
+                f"line: --{what} module:Name)."
             )
     fields = {name: value for name, value in config["algorithm"].items() if name != "class"}
+    kind = own_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
     try:
-        if algorithm is None:
-            algorithm = as_dataclass(find(config["system"]).algorithm_class(), fields)
+        kind = find(config["system"]).algorithm_class() if kind is None else kind
+        algorithm = as_dataclass(kind, fields) if isinstance(kind, type) else kind
         options = as_dataclass(Options, config["options"])
     except ValueError as error:
         raise RunFolderError(f"{folder.path / 'config.json'} does not describe a run: {error}") from error
@@ -272,9 +275,11 @@ def evaluate(path: str | Path, episodes: int = 20, **own: Any) -> Evaluation:
 
 
 def build(
-    name: str, algorithm: Algorithm, env: EnvLike, options: Options, network: Network | None
+    name: str, algorithm: Algorithm, env: EnvLike, options: Options, network: Network | str | None
 ) -> tuple[Run, Options]:
     """Check that everything fits, and make the run that is to be executed, without a folder yet."""
+    if isinstance(network, str) and ":" in network:
+        network = named(network)
     if network is not None and not callable(network):
         raise ValueError(
             f"network={network!r} is neither a module nor what makes one from an EnvSpec; of the usual network, "

@@ -20,7 +20,17 @@ from rookery.envs.vector import VectorEnv
 from rookery.nn.compiled import fast_bf16
 from rookery.systems import SYSTEMS, find, name_of, recipe
 
-__all__ = ["EnvLike", "Options", "as_dataclass", "device_of", "env_name", "refuse_unknown", "resolve"]
+__all__ = [
+    "EnvLike",
+    "Options",
+    "as_dataclass",
+    "device_of",
+    "env_name",
+    "named",
+    "own_algorithm",
+    "refuse_unknown",
+    "resolve",
+]
 
 EnvLike = Any  # an id, a VectorEnv, a Gymnasium environment, or a class or function that makes one
 
@@ -201,13 +211,43 @@ def resolve(
     if isinstance(system, Algorithm):
         refuse_unknown(settings, names, f"a run (the algorithm's settings go into {type(system).__name__}(...))")
         return name_of(system), system, as_dataclass(Options, settings)
-    row = find(system)
-    name, kind = row.name, row.algorithm_class()
-    merged = {**row.preset, **(recipe(name, env) if tuned and isinstance(env, str) else {}), **settings}
+    if ":" in system:
+        name, kind, begins = system.rpartition(":")[2].lower(), own_algorithm(system), {}
+    else:
+        row = find(system)
+        name, kind = row.name, row.algorithm_class()
+        begins = {**row.preset, **(recipe(name, env) if tuned and isinstance(env, str) else {})}
+    merged = {**begins, **settings}
     fields = _fields(kind)
     refuse_unknown(merged, fields | names, name)
     algorithm = as_dataclass(kind, {name: value for name, value in merged.items() if name in fields})
     return name, algorithm, as_dataclass(Options, {name: value for name, value in merged.items() if name in names})
+
+
+def named(what: str) -> Any:
+    """What `module:Name` names.
+
+    Raises:
+        ValueError: if there is no such module, or it has no such name.
+    """
+    from rookery.envs.gym import imported
+
+    module, _, name = what.rpartition(":")
+    if not hasattr(imported(module), name):
+        raise ValueError(f"the module {module!r} has no {name!r}.")
+    return getattr(imported(module), name)
+
+
+def own_algorithm(what: str) -> type[Algorithm]:
+    """The class that `module:Name` names.
+
+    Raises:
+        ValueError: if that is no algorithm's.
+    """
+    kind = named(what)
+    if not (isinstance(kind, type) and issubclass(kind, Algorithm)):
+        raise ValueError(f"{what} is no class of an algorithm; make it a subclass of one, as of rookery.DQN.")
+    return kind
 
 
 def device_of(device: str) -> str:

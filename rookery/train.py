@@ -61,7 +61,7 @@ def train(
     system: str | Algorithm,
     env: EnvLike,
     *,
-    network: Network | None = None,
+    network: Network | str | None = None,
     run_dir: str | Path | None = None,
     quiet: bool = False,
     **settings: Any,
@@ -70,10 +70,10 @@ def train(
 
     Args:
         system: a name (`rookery list systems`), which takes the tuned settings for the environment if there are any;
-            or an algorithm with its settings, which is taken as it is.
+            or an algorithm with its settings, which is taken as it is; or `module:Name` of a class of your own.
         env: an id (`rookery list envs`), a class or function that makes a Gymnasium environment, or an object.
         network: your own part between observation and heads: a module from observations `[B, ...]` to features
-            `[B, F]`, or a function that makes one from an EnvSpec.
+            `[B, F]`, or a function that makes one from an EnvSpec; or `module:Name` of either.
         run_dir: the folder; by default a new one under `runs/`.
         quiet: no progress display.
         settings: fields of `Options` (steps, envs, seed, device ...) and, with a name, of the algorithm.
@@ -89,14 +89,14 @@ def train(
     run.folder = RunFolder.create(run_dir, name, env_name(env), options.seed)
     if options.layout == "auto":
         run, options = _laid_out(run, name, options, quiet)
-    run.checkpoints = Checkpoints(run.folder.checkpoints)
+    run.checkpoints, own = Checkpoints(run.folder.checkpoints), run._make_net.network
     config = {
         "system": name,
         "env": env_name(env),
         "seed": options.seed,
         "algorithm": {"class": type(algorithm).__name__, **dataclasses.asdict(cast(Any, algorithm))},
         "options": dataclasses.asdict(options),
-        "network": None if network is None else getattr(network, "__name__", type(network).__name__),
+        "network": None if own is None else getattr(own, "__name__", type(own).__name__),
         "own": {"env": not isinstance(env, str), "algorithm": not _is_ours(name, algorithm)},
     }
     run.folder.write_config(config)
@@ -113,9 +113,9 @@ def resume(
     *,
     steps: int | None = None,
     quiet: bool = False,
-    algorithm: Algorithm | None = None,
+    algorithm: Algorithm | type[Algorithm] | str | None = None,
     env: EnvLike | None = None,
-    network: Network | None = None,
+    network: Network | str | None = None,
     run_dir: str | Path | None = None,
     address: str | None = None,
 ) -> Run:
@@ -131,8 +131,8 @@ def resume(
     if is_url(path):
         path = fetched(str(path), Path(run_dir or Path("runs") / str(path).rstrip("/").rpartition("/")[2]))
     run = load(path, algorithm=algorithm, env=env, network=network)
-    if algorithm is not None and type(algorithm).__name__ != (before := run.config["algorithm"]["class"]):
-        log.warning("%s was trained with %s, and goes on with %s", run.path, before, type(algorithm).__name__)
+    if (now := type(run.algorithm).__name__) != (before := run.config["algorithm"]["class"]):
+        log.warning("%s was trained with %s, and goes on with %s", run.path, before, now)
     options, saved = run._make_env.options, saved_whole(run)
     over = (run.path / "summary.json").exists() and not run.summary["interrupted"]
     if over and saved["steps"] >= (steps or options.steps):

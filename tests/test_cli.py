@@ -216,7 +216,7 @@ def test_train_help_without_a_system_names_them_all(say: Any) -> None:
     for example in re.findall(r"^  rookery (train .*?)(?:  .*)?$", said, re.MULTILINE):
         words = example.split()
         assert words[0] == "train"
-        assert words[1] in rookery.SYSTEMS
+        assert words[1] in rookery.SYSTEMS or words[1].startswith("my_module:")
 
 
 def test_train_help_has_a_title_for_each_group(say: Any) -> None:
@@ -277,6 +277,50 @@ def test_a_wrong_value_is_refused(flags: str, message: str, say: Any) -> None:
     assert said.status == 2
     assert message in unboxed(said.err)
     assert "Traceback" not in said.err
+
+
+OWN = """
+from dataclasses import dataclass
+from torch import nn
+from rookery import PPO
+
+@dataclass(frozen=True)
+class Doubled(PPO):
+    factor: float = 2.0
+
+    def loss(self, net, target, batch, now):
+        found = super().loss(net, target, batch, now)
+        return found._replace(loss=self.factor * found.loss)
+
+def part(spec):
+    return nn.Linear(spec.obs_space.shape[0], 5)
+"""
+
+
+def test_an_algorithm_and_a_network_of_your_own(say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run folder says which code is to be run: who goes on with it does."""
+    (tmp_path / "own_module.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "run"
+    means = ["--factor", "3", "--network", "own_module:part", "--run-dir", path, "--quiet"]
+    assert say("train", "own_module:Doubled", "tensor:CartPole-v1", *TINY, *means).status == 0
+    config = json.loads((path / "config.json").read_text())
+    assert (config["system"], config["algorithm"]["factor"], config["network"]) == ("doubled", 3.0, "part")
+    assert (
+        "own network; load(path, network=...) needs it again (on the command line: --network module:Name)"
+        in refused(say("eval", path))
+    )
+    assert "on the command line: --algorithm module:Name" in refused(say("eval", path, "--network", "own_module:part"))
+    own = ["--network", "own_module:part", "--algorithm", "own_module:Doubled"]
+    assert "over 20 episodes" in say("eval", path, *own).out
+    assert say("resume", path, "--steps", "200", "--quiet", *own).status == 0
+    assert rookery.load(path, network="own_module:part", algorithm="own_module:Doubled").algorithm.factor == 3.0  # type: ignore[attr-defined]
+    for words, message in (
+        (["train", "own_module:Trebled", "CartPole-v1"], "the module 'own_module' has no 'Trebled'"),
+        (["train", "own_module:part", "CartPole-v1"], "own_module:part is no class of an algorithm"),
+        (["eval", path, "--algorithm", "nowhere:X", *own[:2]], "the module 'nowhere' cannot be imported"),
+    ):
+        assert message in refused(say(*words))
 
 
 @pytest.mark.parametrize("steps", ["1e2", "--steps=1e2", "1E+2"])
