@@ -44,6 +44,15 @@ def leave_if_imported() -> None:
         os._exit(UNGUARDED)  # no traceback: the parent says what to do
 
 
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Whatever is imported here is by a process that begins: see `leave_if_imported`."""
+    process: Any = multiprocessing.current_process()
+    process._inheriting = True
+    yield
+    del process._inheriting
+
+
 class Ended(BaseException):
     """The run is over: leave the role, closing what it holds."""
 
@@ -302,7 +311,8 @@ def main(connection: Connection, threads: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SHELTERED)
     _die_with_parent()
     try:
-        spec, seed, saved = connection.recv()
+        with _importing():
+            spec, seed, saved = connection.recv()
     except EOFError:  # the runtime is gone
         return
     with suppress(OSError):
