@@ -213,7 +213,8 @@ def fitting(name: str, value: Any, hint: Any) -> Any:
     Raises:
         Refused: for a value of another type.
     """
-    value = tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list) and not _fits(value, hint):
+        value = tuple(value)
     if isinstance(value, float) and value.is_integer() and not _fits(value, hint):
         value = int(value)
     if not _fits(value, hint):
@@ -229,7 +230,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in parts
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(each, parts[0]) for each in value)
+        kinds = parts[:1] * len(value) if parts[1:] == (...,) and isinstance(value, tuple) else parts
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, part) for part in parts)
     if hint in (int, float) and isinstance(value, bool):
