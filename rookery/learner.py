@@ -104,6 +104,7 @@ class Learner:
         self.remaining = torch.ones((), device=self.device)  # share of the run ahead
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.steps = self.updates = 0
+        self.led = 0  # of the steps, those that it learnt of from another learner
         self.seconds = {"learning": 0.0}
         self.version = 1  # of the weights; 0 is before the first
         self.lags = Lags()  # that topologies note
@@ -268,7 +269,10 @@ class Learner:
         while self.updates < updates:
             self.updates += 1
             self._move_target()
-        self.steps = steps
+        self._be_led(steps)
+
+    def _be_led(self, steps: int) -> None:
+        self.led, self.steps = self.led + steps - self.steps, steps
 
     def whole(self) -> dict[str, Any]:
         """A copy of the weights and of the target network's, for another learner to `join`."""
@@ -279,7 +283,8 @@ class Learner:
         self.flat.restore(whole["net"])
         if self._target_flat is not None:
             self._target_flat.restore(whole["target"])
-        self.updates, self.steps = updates, steps
+        self.updates = updates
+        self._be_led(steps)
 
     def _first_non_finite(self, loss: Loss, minibatch: Batch) -> str:
         """Which tensor a NaN was first in, in order of the computation: weights, data, metrics, gradients.

@@ -1,7 +1,8 @@
 """What a runtime measures: how each role spends its time, and what goes through each word.
 
 At any time a role is at work, or waits for a word. What its work consists of is known to the part that it keeps, which
-may say so by attributes: `seconds`, by activity; `steps`, so far; `dropped`, units by reason.
+may say so by attributes: `seconds`, by activity; `steps`, so far, and `led`, those of them that others made; `dropped`,
+units by reason.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def told(part: Any) -> Told:
     """What a part says of the work that it did, as numbers."""
     return {
         "activities": dict(getattr(part, "seconds", {})),
-        "steps": getattr(part, "steps", 0),
+        "steps": getattr(part, "steps", 0) - getattr(part, "led", 0),
         "dropped": dict(getattr(part, "dropped", {})),
     }
 
