@@ -687,7 +687,7 @@ def test_a_disk_that_fills_up_during_metrics(tmp_path: Path, monkeypatch: pytest
 def test_a_failed_run_leaves_the_process_as_it_was(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), torch.get_num_threads()
     with pytest.raises(RoleError):
-        train(tmp_path / "run", lambda: Coin("raise"), threads=before[2] + 1)
+        train(tmp_path / "run", lambda: Coin("raise", at=10), threads=before[2] + 1)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), torch.get_num_threads()) == before
 
 
