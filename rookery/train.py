@@ -417,9 +417,9 @@ class Keeper:
         run, options, seconds = self.run, self.options, self.seconds()
         run.signal = self.signal
         if not run.interrupted:
-            evaluation = run.evaluate(options.eval_episodes, options.seed + 1)
-            self.recorder.report("evaluator", 0, self.step, evaluation.summary())
-            run.checkpoints.rate(self.step, evaluation.summary()["eval_return_mean"])
+            evaluation = run.evaluate(options.eval_episodes, options.seed + 1).summary()
+            self.recorder.report("evaluator", 0, self.step, evaluation)
+            run.checkpoints.rate(self.step, evaluation["eval_return_mean"])
         config, spec = run.config, run._make_net.spec
         run.folder.write_summary(
             {

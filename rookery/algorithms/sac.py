@@ -89,9 +89,10 @@ class SAC(OffPolicy):
 
     def loss(self, net: ActorCritics, target: ActorCritics, batch: Batch, now: Now) -> Loss:
         obs, next_obs, judges = batch["obs"], batch["next_obs"], batch.get("judges")
-        learnt = self.temperature is None
-        fixed = batch["reward"].new_full((), self.temperature or 0.0)
-        alpha = net.duals["log_temperature"].detach().exp() if learnt else fixed
+        if self.temperature is None:
+            alpha = net.duals["log_temperature"].detach().exp()
+        else:
+            alpha = batch["reward"].new_full((), self.temperature)
 
         with torch.no_grad():
             policy, following = net.actor(net.encode(next_obs), mask_of(next_obs)), target.encode(next_obs)
@@ -116,7 +117,7 @@ class SAC(OffPolicy):
                 batch.get("noise"),
             )
             loss = loss - value.mean()  # 2018b, eq. 9
-            if learnt:
+            if self.temperature is None:
                 loss = loss - net.duals["log_temperature"] * (log_prob.detach().mean() + self.aim(net))
             metrics |= {"value": value.detach().mean(), "entropy": -log_prob.detach().mean()}
         return Loss(loss, {"loss": loss.detach(), **metrics}, priorities=error.detach().abs().mean(0))

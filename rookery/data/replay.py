@@ -313,12 +313,12 @@ class ReplayBuffer:
         batch = self._samples.read(cells, self.generator)
         return {**batch, "weight": weight, "index": self._serial(cells)}
 
-    def odds(self, index: Tensor) -> Tensor:
-        """How many times as likely as on average each of these samples `[N]` is drawn, float64, by its `index`."""
+    def chance(self, index: Tensor) -> Tensor:
+        """Of each of these samples `[N]` at a draw, float64, by its `index`; 1 for all without priorities."""
         if self._tree is None:
             return torch.ones(len(index), dtype=torch.float64, device=self.device)
         leaf = self._tree.leaves.index_select(0, index.to(self.device).remainder(self._ring.cells))
-        return leaf * (len(self) / self._tree.total())
+        return leaf / self._tree.total()
 
     def prioritise(self, index: Tensor, priorities: Tensor) -> None:
         """Set the priorities `[N]` of samples by their `index` `[N]`; what was overwritten since then is left out.

@@ -81,8 +81,7 @@ class Shard:
         if not len(self.buffer):
             return None
         samples = self.buffer.sample(self.plan.batch)
-        among = len(self.buffer) if self.plan.alpha else 1
-        return {**samples, "weight": self.buffer.odds(samples["index"]) / among}
+        return {**samples, "weight": self.buffer.chance(samples["index"])}
 
     def state(self) -> dict[str, Any]:
         return {"replay": self.buffer.state()} if self.save else {}
