@@ -120,13 +120,13 @@ class Collector:
         graphs: bool = False,
         bf16: bool = False,
     ) -> None:
-        self.algorithm, self.net, self.env, self.T = algorithm, net.requires_grad_(False), env, steps
+        self.algorithm, self.net, self.env, self.T = algorithm, net, env, steps
         self.generator = torch.Generator(env.device).manual_seed(seed)
         self.returns: list[float] = []  # of the episodes that ended since they were last taken
         self.lengths: list[int] = []
         self.steps = 0  # valid ones so far
         self.seconds: dict[str, float] = defaultdict(float)  # by activity
-        self._flat, self.version = flat(algorithm, self.net), 0
+        self._flat, self.version = flat(algorithm, net, learns=False), 0
         self._bf16 = bf16
         self._tensor_env = env.innermost if isinstance(env.innermost, TensorEnv) else None
         whole = compile and self._tensor_env is not None  # rows of acting and stepping, not acting alone

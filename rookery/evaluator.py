@@ -51,11 +51,11 @@ class Evaluator:
     def __init__(
         self, algorithm: Algorithm, net: PolicyNet, env: VectorEnv, seed: int, greedy: bool = True, bf16: bool = False
     ) -> None:
-        self.algorithm, self.net, self.env, self.greedy = algorithm, net.requires_grad_(False), env, greedy
+        self.algorithm, self.net, self.env, self.greedy = algorithm, net, env, greedy
         self.generator = torch.Generator(env.device).manual_seed(seed)
         self.due = 0  # steps at which the next evaluation falls due
         self.seconds = {"evaluation": 0.0}
-        self._flat = flat(algorithm, self.net)
+        self._flat = flat(algorithm, net, learns=False)
         self._bf16 = bf16
 
     def load(self, values: dict[str, Tensor]) -> None:

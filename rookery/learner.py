@@ -90,9 +90,7 @@ class Learner:
         self.flat = flat(algorithm, net)
         self.device = next(net.parameters()).device
         self.target_net = copy.deepcopy(net) if algorithm.target else None
-        self._target_flat = flat(algorithm, self.target_net) if self.target_net else None
-        if self._target_flat:
-            self._target_flat.freeze()
+        self._target_flat = flat(algorithm, self.target_net, learns=False) if self.target_net else None
         self._buffers = list(zip(self.target_net.buffers(), net.buffers(), strict=True)) if self.target_net else []
         self.parts = algorithm.parts(net) or {"all": Part(list(net.parameters()))}
         self.lr = {name: torch.tensor(part.lr or algorithm.lr, device=self.device) for name, part in self.parts.items()}

@@ -240,14 +240,27 @@ def _fits(value: Any, hint: Any) -> bool:
     return not plain or isinstance(value, (int, float) if hint is float else hint)
 
 
-def flat(algorithm: Algorithm, net: nn.Module) -> FlatParameters:
-    """The network's parameters as one flat tensor for each of the algorithm's parts, and one for all that is frozen."""
+def flat(algorithm: Algorithm, net: nn.Module, learns: bool = True) -> FlatParameters:
+    """The network's parameters as one flat tensor for each of the algorithm's parts, and one for all that is frozen.
+
+    Args:
+        learns: what does not, such as a copy that acts, is laid out like what does, and then frozen.
+
+    Raises:
+        ValueError: for a network that is frozen as a whole already: it would be laid out in another order.
+    """
+    if not any(each.requires_grad for each in net.parameters()):
+        raise ValueError("the network is frozen, and its layout would not be the learner's; give it as it was made.")
     parts = algorithm.parts(net)
-    if parts is None:
-        return FlatParameters(net)
-    groups = {name: [each for each in part.parameters if each.requires_grad] for name, part in parts.items()}
-    groups["frozen"] = [each for each in net.parameters() if not each.requires_grad]
-    return FlatParameters(net, {name: parameters for name, parameters in groups.items() if parameters})
+    groups = None
+    if parts is not None:
+        groups = {name: [each for each in part.parameters if each.requires_grad] for name, part in parts.items()}
+        groups["frozen"] = [each for each in net.parameters() if not each.requires_grad]
+        groups = {name: parameters for name, parameters in groups.items() if parameters}
+    whole = FlatParameters(net, groups)
+    if not learns:
+        whole.freeze()
+    return whole
 
 
 def sampled(algorithm: Algorithm, net: PolicyNet, lanes: int, generator: torch.Generator) -> Explore:

@@ -109,9 +109,9 @@ class Policy:
     """
 
     def __init__(self, setting: Setting) -> None:
-        self.algorithm, self.net = setting.algorithm, setting.make_net().requires_grad_(False)
+        self.algorithm, self.net = setting.algorithm, setting.make_net()
         self.device, self.bf16 = next(self.net.parameters()).device, setting.bf16
-        self._flat, self.version = flat(self.algorithm, self.net), -1
+        self._flat, self.version = flat(self.algorithm, self.net, learns=False), -1
         self.steps, self.seconds = 0, {"inference": 0.0}
         self._newest: dict[str, list[int]] = {}  # that each desk knew of when it last asked
 
