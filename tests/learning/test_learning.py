@@ -12,6 +12,7 @@ import torch
 
 import rookery
 from rookery.run import Run
+from rookery.runs.metrics import read
 from rookery.systems import SYSTEMS
 
 ROWS = tomllib.loads((Path(__file__).parents[2] / "benchmarks" / "learning.toml").read_text())["row"]
@@ -86,9 +87,14 @@ def test_actions_of_probes(system: str, env: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("system", CONTINUOUS)
 def test_numbers_are_copied(system: str, tmp_path: Path) -> None:
-    """Actions of a box: the return is minus the squared distance to the observation; at random it is −4/3."""
+    """Actions of a box: the return is minus the squared distance to the observation; at random it is −4/3.
+
+    While it learns, too, where exploration is left: actors act by what is learnt.
+    """
     run = train(system, "ProbeBox-v0", tmp_path, **PROBES_OF_BOXES[system])
     assert statistics.fmean(run.evaluate(256).returns) > -0.1
+    acted = [row["episode_return"] for row in read(run.path / "metrics.jsonl") if "episode_return" in row]
+    assert not acted or statistics.fmean(acted[-5:]) > -0.5
 
 
 def test_every_system_has_probes() -> None:
