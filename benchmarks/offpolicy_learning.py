@@ -1,4 +1,4 @@
-"""SAC and TD3 beside Stable-Baselines3 on MuJoCo: the return of 20 greedy episodes after equal steps, over seeds."""
+"""SAC and TD3 beside Stable-Baselines3 on MuJoCo: the return of greedy episodes after equal steps, over seeds."""
 
 from __future__ import annotations
 
@@ -11,32 +11,38 @@ import numpy as np
 from common import RESULTS, begin, finish, machine, parser, table
 from kept import keeping, keeps, told
 
-NOTES = """A score is the mean return of 20 greedy episodes with the last weights; a cell is the mean over seeds with
-its 95 % interval (Student's t). Both learn from equal steps in one environment, with the same settings:
-learning after 10,000 random steps, as is usual on MuJoCo, one update a step, batches of 256, two layers of 256, Adam at
-3e-4, and for TD3 Gaussian noise of deviation 0.1 on actions. The start is no default (1,000 here, 100 there), nor are,
-of Stable-Baselines3's TD3, the step size (1e-3), the layers (400 and 300) and the noise (none); all else is each side's
-default. With 100 random steps runs of both collapsed (docs/notes.md, 2026-11-23). Runs are processes of
-their own, pinned to the same core, one after the other; each is kept in `--runs` with its processor, so that an
-interrupted benchmark goes on.
+NOTES = """A score is the mean of a run's last 5 evaluations of 10 greedy episodes each, which lie in the last quarter
+of its steps: one evaluation may give a fifth of what the one before gave, on both sides (docs/notes.md, 2026-11-23).
+A cell is the mean over seeds with its 95 % interval (Student's t). Both learn from equal steps in one environment,
+with the same settings: learning after 10,000 random steps, as is usual on MuJoCo, one update a step, batches of 256,
+two layers of 256, Adam at 3e-4, and for TD3 Gaussian noise of deviation 0.1 on actions. The start is no default
+(1,000 here, 100 there), nor are, of Stable-Baselines3's TD3, the step size (1e-3), the layers (400 and 300) and the
+noise (none); all else is each side's default. With 100 random steps runs of both collapsed. Runs are processes of
+their own, pinned to the same core, one after the other; each is kept in `--runs` with its evaluations and its
+processor, so that an interrupted benchmark goes on.
 """
 
 SYSTEMS = ("sac", "td3")
 ENVS = ("HalfCheetah-v5", "Hopper-v5")
 START = 10_000  # random steps before learning
+EVALUATIONS, LAST, EPISODES = 20, 5, 10  # of a run; of those, how many make its score; of each
 
 
 def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
     """`rookery.train` with the algorithm's defaults, compiled, in float32."""
     import rookery
+    from rookery.runs.metrics import read
     from rookery.systems import find
 
     algorithm = find(spec["system"]).algorithm_class()(learning_starts=spec["start"])
     options = {"steps": spec["steps"], "envs": 1, "seed": spec["seed"], "device": "cpu", "threads": 1}
-    options |= {"eval_every": spec["steps"], "save_replay": False, "sinks": (), "compile": True}
+    options |= {"eval_every": spec["steps"] // EVALUATIONS, "eval_episodes": EPISODES}
+    options |= {"save_replay": False, "sinks": (), "compile": True}
     with tempfile.TemporaryDirectory() as folder:
-        summary = rookery.train(algorithm, spec["env"], quiet=True, run_dir=f"{folder}/run", **options).summary
-    return {"score": summary["eval_return_mean"], "seconds": summary["seconds"]}
+        run = rookery.train(algorithm, spec["env"], quiet=True, run_dir=f"{folder}/run", **options)
+        rows = [row for row in read(run.path / "metrics.jsonl") if "eval_return_mean" in row]
+        found = [(row["step"], row["eval_return_mean"]) for row in rows]
+        return scored(spec["steps"], found, run.summary["seconds"])
 
 
 def train_sb3(spec: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +52,7 @@ def train_sb3(spec: dict[str, Any]) -> dict[str, Any]:
     import stable_baselines3
     import torch
     from peers import vec_env
-    from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.callbacks import EvalCallback
     from stable_baselines3.common.noise import NormalActionNoise
 
     torch.set_num_threads(1)
@@ -58,11 +64,22 @@ def train_sb3(spec: dict[str, Any]) -> dict[str, Any]:
         actions = env.action_space.shape
         settings["action_noise"] = NormalActionNoise(np.zeros(actions), np.full(actions, 0.1))
     model = kind("MlpPolicy", env, seed=spec["seed"], device="cpu", **settings)
+    every, apart = spec["steps"] // EVALUATIONS, vec_env(spec["env"], 1, spec["seed"] + 1000)
     began = time.perf_counter()
-    model.learn(spec["steps"])
-    seconds = time.perf_counter() - began
-    returns, _ = evaluate_policy(model, vec_env(spec["env"], 1, spec["seed"] + 1000), 20, return_episode_rewards=True)
-    return {"score": float(np.mean(returns)), "seconds": seconds}
+    with tempfile.TemporaryDirectory() as folder:
+        judge = EvalCallback(apart, eval_freq=every, n_eval_episodes=EPISODES, log_path=folder, verbose=0)
+        model.learn(spec["steps"], callback=judge)
+    pairs = zip(judge.evaluations_timesteps, judge.evaluations_results, strict=True)
+    found = [(step, float(np.mean(returns))) for step, returns in pairs]
+    return scored(spec["steps"], found, time.perf_counter() - began)
+
+
+def scored(steps: int, evaluations: list[tuple[int, float]], seconds: float) -> dict[str, Any]:
+    """The result of a run, by the step and the mean return of each of its evaluations."""
+    last = [mean for step, mean in evaluations if step > steps - LAST * (steps // EVALUATIONS)]
+    if len(last) != LAST:
+        raise RuntimeError(f"a run was evaluated at {[step for step, _ in evaluations]}, not {LAST} times at its end.")
+    return {"score": float(np.mean(last)), "evaluations": evaluations, "seconds": seconds}
 
 
 def interval(scores: list[float]) -> str:
@@ -84,7 +101,14 @@ def main() -> None:
     about, (steps, start) = machine(args.cores), (1_000, 100) if args.smoke else (args.steps, START)
     pairs = [(system, env) for env in args.envs for system in args.systems]
     variants = {
-        f"{kind} {system} {env}": {"kind": kind, "system": system, "env": env, "steps": steps, "start": start}
+        f"{kind} {system} {env}": {
+            "kind": kind,
+            "system": system,
+            "env": env,
+            "steps": steps,
+            "start": start,
+            "evaluations": EVALUATIONS,
+        }
         for system, env in pairs
         for kind in ("ours", "sb3")
     }
