@@ -35,7 +35,7 @@ def entered(algorithm: PPO) -> dict[str, set[str]]:
     """Functions of rookery that one round of updates calls, by file."""
     env = make_env("tensor:CartPole-v1", 4, max_steps=5)
     with torch.random.fork_rng(devices=[]):
-        net = algorithm.networks(env.spec).requires_grad_(False)
+        net = algorithm.networks(env.spec)
     collector = Collector(algorithm, net, env, algorithm.plan.unroll, seed=0)
     unroll = collector.slot()
     collector.fill(unroll)
