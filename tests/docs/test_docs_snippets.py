@@ -16,6 +16,7 @@ import pytest
 
 import rookery
 from rookery import cli
+from rookery.settings import ELSEWHERE
 from rookery.systems import SYSTEMS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +57,7 @@ def smaller(code: str) -> str:
     return re.sub(r"(\bsteps[= ])([\d_]+)", tiny, code)
 
 
-@pytest.mark.parametrize("page", ["docs/tour.md", "README.md", "docs/index.md"])
+@pytest.mark.parametrize("page", ["docs/tour.md", "docs/coming_from.md", "README.md", "docs/index.md"])
 def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the page, in one folder, the Python ones in one namespace."""
     monkeypatch.chdir(tmp_path)
@@ -81,6 +82,13 @@ def test_tables_of_settings(page: str) -> None:
     table = text[text.index("| name | default | meaning |") :].split("\n\n")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.MULTILINE)
     assert rows == [(field.name, shown(field.default)) for field in dataclasses.fields(SETTINGS[page])]
+
+
+def test_table_of_names_elsewhere() -> None:
+    """Each name that is answered with ours, once, on the row of ours."""
+    text = (ROOT / "docs/coming_from.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (`.*`) \|$", text, re.MULTILINE)
+    assert {theirs: ours for ours, names in rows for theirs in re.findall(r"`(\w+)`", names)} == ELSEWHERE
 
 
 def shown(default: Any) -> str:
