@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import common
@@ -25,6 +26,7 @@ processor, so that an interrupted benchmark goes on.
 SYSTEMS = ("sac", "td3")
 ENVS = ("HalfCheetah-v5", "Hopper-v5")
 START = 10_000  # random steps before learning
+NAMES, COLOURS = {"ours": "ours", "sb3": "Stable-Baselines3"}, {"ours": "tab:blue", "sb3": "tab:orange"}
 EVALUATIONS, LAST, EPISODES = 20, 5, 10  # of a run; of those, how many make its score; of each
 
 
@@ -82,12 +84,23 @@ def scored(steps: int, evaluations: list[tuple[int, float]], seconds: float) -> 
     return {"score": float(np.mean(last)), "evaluations": evaluations, "seconds": seconds}
 
 
-def interval(scores: list[float]) -> str:
-    """The mean with its 95 % interval by Student's t; of one score, itself."""
-    mean, reach = common.interval(scores)
-    if math.isnan(reach):
-        return f"{mean:,.0f}"
-    return f"{mean:,.0f} ({mean - reach:,.0f} to {mean + reach:,.0f})"
+def draw(found: dict[str, list[dict[str, Any]]], pairs: list[tuple[str, str]], path: Path) -> None:
+    """Evaluations over steps, a panel for each pair: every seed thin, the mean of all thick."""
+    from rookery.runs.plots import figure_of, save
+
+    figure = figure_of(4.6 * len(pairs), 3.6)
+    for panel, (system, env) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+        for kind, colour in COLOURS.items():
+            runs = [each["evaluations"] for each in found.get(f"{kind} {system} {env}", [])]
+            for run in runs:
+                panel.plot(*zip(*run, strict=True), color=colour, alpha=0.35, linewidth=0.8)
+            if runs:
+                least = min(map(len, runs))  # the first evaluation may be missing, before anything was learnt
+                mean = np.mean([[value for _, value in run[-least:]] for run in runs], axis=0)
+                panel.plot([step for step, _ in runs[0][-least:]], mean, color=colour, label=NAMES[kind])
+        panel.set(title=f"{system.upper()}, {env}", xlabel="steps", ylabel="return of 10 greedy episodes")
+        panel.legend()
+    save(figure, path)
 
 
 def main() -> None:
@@ -110,16 +123,16 @@ def main() -> None:
             "evaluations": EVALUATIONS,
         }
         for system, env in pairs
-        for kind in ("ours", "sb3")
+        for kind in NAMES
     }
     found, failed = keeps(__file__, variants, args, show, limit=6 * 3600)
     rows = []
     for system, env in pairs:
-        of = {kind: found.get(f"{kind} {system} {env}", []) for kind in ("ours", "sb3")}
+        of = {kind: found.get(f"{kind} {system} {env}", []) for kind in NAMES}
         rows.append([env, system, f"{steps:,}", *map(cell, of.values())])
-    head = ["environment", "system", "steps", "ours", "Stable-Baselines3"]
-    parts = (table(head, rows), NOTES, *told(failed))
-    finish(args, "offpolicy_learning", about, {"runs": found}, "Off-policy learning", *parts)
+    parts = (table(["environment", "system", "steps", *NAMES.values()], rows), NOTES, *told(failed))
+    path = finish(args, "offpolicy_learning", about, {"runs": found}, "Off-policy learning", *parts)
+    draw(found, pairs, path.with_suffix(".png"))
 
 
 def show(result: dict[str, Any]) -> str:

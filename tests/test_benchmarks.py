@@ -124,6 +124,8 @@ def test_offpolicy_learning(tmp_path: Path) -> None:
     result, text = bench("offpolicy_learning", tmp_path, *flags)
     check_machine(result, text)
     assert result["runs"].keys() == {"ours sac Hopper-v5", "sb3 sac Hopper-v5"}
+    assert all(len(run["evaluations"]) >= 19 for runs in result["runs"].values() for run in runs)
+    assert [*tmp_path.rglob("offpolicy_learning-*.png")]
 
 
 def test_intervals_over_few_seeds_are_of_students_t(monkeypatch: pytest.MonkeyPatch) -> None:
