@@ -85,20 +85,24 @@ def scored(steps: int, evaluations: list[tuple[int, float]], seconds: float) -> 
 
 
 def draw(found: dict[str, list[dict[str, Any]]], pairs: list[tuple[str, str]], path: Path) -> None:
-    """Evaluations over steps, a panel for each pair: every seed thin, the mean of all thick."""
+    """Evaluations over steps, a panel for each pair that has any: every seed thin, the mean of all thick."""
     from rookery.runs.plots import figure_of, save
 
+    pairs = [(system, env) for system, env in pairs if any(f"{kind} {system} {env}" in found for kind in NAMES)]
     figure = figure_of(4.6 * len(pairs), 3.6)
     for panel, (system, env) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
         for kind, colour in COLOURS.items():
-            runs = [each["evaluations"] for each in found.get(f"{kind} {system} {env}", [])]
+            kept = [each["evaluations"] for each in found.get(f"{kind} {system} {env}", [])]
+            runs = [[(step / 1000, value) for step, value in run] for run in kept]
             for run in runs:
                 panel.plot(*zip(*run, strict=True), color=colour, alpha=0.35, linewidth=0.8)
             if runs:
                 least = min(map(len, runs))  # the first evaluation may be missing, before anything was learnt
                 mean = np.mean([[value for _, value in run[-least:]] for run in runs], axis=0)
                 panel.plot([step for step, _ in runs[0][-least:]], mean, color=colour, label=NAMES[kind])
-        panel.set(title=f"{system.upper()}, {env}", xlabel="steps", ylabel="return of 10 greedy episodes")
+        panel.set(
+            title=f"{system.upper()}, {env}", xlabel="thousand steps", ylabel=f"return of {EPISODES} greedy episodes"
+        )
         panel.legend()
     save(figure, path)
 
