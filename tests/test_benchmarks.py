@@ -297,7 +297,7 @@ def test_gorila_chaos(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_async_throughput(tmp_path: Path) -> None:
-    result, text = bench("async_throughput", tmp_path, "--cores", CORE, "--cases", "2 × 16")
+    result, text = bench("async_throughput", tmp_path, "--cores", CORE, "--cases", "CartPole, 2 × 16")
     check_machine(result, text)
     ((name, case),) = result["cases"].items()
     assert case["results"].keys() == {"ours", "ours, compiled", "ours, gym"}
