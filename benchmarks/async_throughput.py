@@ -38,7 +38,7 @@ PONG = {"ours": {}, "ours, compiled": {"compile": True}, "ours, compiled, bf16":
 CASES: dict[str, dict[str, Any]] = {
     "CartPole, 2 × 16 lanes": {"env": "CartPole-v1", "lanes": 16, "steps": 400_000, "times": 4, "ways": CARTPOLE},
     "CartPole, 2 × 64 lanes": {"env": "CartPole-v1", "lanes": 64, "steps": 800_000, "times": 4, "ways": CARTPOLE},
-    "Pong, 2 × 16 lanes": {"env": "Pong-v5", "lanes": 16, "steps": 100_000, "times": 1, "ways": PONG},
+    "Pong, 2 × 16 lanes": {"env": "Pong-v5", "lanes": 16, "steps": 40_000, "times": 1, "ways": PONG},
 }
 ACTORS = 2
 UNROLL = 32

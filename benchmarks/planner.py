@@ -25,6 +25,11 @@ CASES: dict[str, dict[str, Any]] = {
         "env": "CartPole-v1",
         "settings": {"envs": 16, "learning_starts": 1_000, "batch": 64},
     },
+    "apex in 2 shards, CartPole-v1": {
+        "system": "apex",
+        "env": "CartPole-v1",
+        "settings": {"envs": 16, "learning_starts": 1_000, "batch": 64, "shards": 2},
+    },
     "a3c, 2 ms asleep": {"system": "a3c", "env": "scaling:Sleepy", "settings": SLEEPY},
 }
 HEAD = ["case", "actors", "predicted steps/s", "measured steps/s", "error", "limit"]
@@ -57,7 +62,7 @@ def measured(case: dict[str, Any], args: Any) -> list[dict[str, Any]]:
     """Rounds of a prediction and a run of each number of actors."""
     rounds = []
     for number in range(args.rounds):
-        spec = {**case, "actors": args.actors}
+        spec = {**case, "actors": [each for each in args.actors if each % case["settings"].get("shards", 1) == 0]}
         predicted = child(__file__, {"kind": "predict", **spec}, args.cores)
         runs = []
         for each in predicted["forecasts"]:

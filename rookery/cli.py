@@ -54,7 +54,7 @@ ENV is an id that `rookery list envs` prints, or module:Name of a class or funct
 """,
     "plan": """usage: rookery plan SYSTEM ENV [flags]
 
-Measure what the work of a system's roles costs on this machine, some ten seconds, and simulate the system on a cluster.
+Measure what the work of a system's roles costs on this machine, half a minute, and simulate the system on a cluster.
 
   rookery plan impala CartPole-v1                                          1, 2, 4 and 8 actors on this machine
   rookery plan impala CartPole-v1 --actors 1,16,256 --cores-per-host 8     on as many hosts as they need

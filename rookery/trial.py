@@ -38,8 +38,13 @@ class Trial:
 
     options: Options
     steps_per_second: float = 0.0
-    bottleneck: dict[str, str] = dataclasses.field(default_factory=dict)  # as in an account
+    account: dict[str, Any] = dataclasses.field(default_factory=dict)
     error: Exception | None = None  # why there was nothing to measure
+
+    @property
+    def bottleneck(self) -> dict[str, str]:
+        """As in the account."""
+        return self.account.get("bottleneck", {})
 
 
 def attempt(system: System, options: Options, make_setting: Callable[[Options], Setting]) -> Trial:
@@ -75,7 +80,7 @@ def measure(system: System, options: Options, setting: Setting) -> Trial:
     watch = Stopwatch(runtime.measured)
     with threads(options.threads), contextlib.suppress(Over):
         runtime.run(graph, watch.between)
-    return Trial(options, watch.pace, watch.account["bottleneck"])
+    return Trial(options, watch.pace, watch.account)
 
 
 def _unheard(*_row: Any) -> None:

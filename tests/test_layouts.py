@@ -44,7 +44,7 @@ def paced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Pace], list[Options]]:
 
         def measure(system: Any, options: Options, setting: Any) -> Trial:
             tried.append(options)
-            return Trial(options, pace(options), {"limit": "learner", "because": "It is.", "change": "", "role": ""})
+            return Trial(options, pace(options), {"bottleneck": {"limit": "learner", "because": "It is."}})
 
         monkeypatch.setattr(trial, "measure", measure)
         return tried

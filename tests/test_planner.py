@@ -18,7 +18,10 @@ pytest.importorskip("simpy")
 
 from rookery import cli, planner
 from rookery.data.plan import OnPolicy, Refused, ReplayPlan
-from rookery.planner import Cluster, Costs, Work, draw, show, simulate
+from rookery.planner import Cluster, Costs, Forecast, Work, draw, show, simulate
+from rookery.planner.rehearsal import corrected
+from rookery.settings import Options
+from rookery.trial import Trial
 
 FREE = Costs(environment=1e-3, update=((1, 1e-9),))  # a step takes a millisecond, all else nothing
 STALE = OnPolicy(20, stale=True, unrolls=1)
@@ -99,6 +102,58 @@ def test_full_cores_are_slower() -> None:
     assert pace(learning(STALE), each, 4, cluster) == pytest.approx(4 / 1.5e-3, rel=1e-2)
 
 
+def test_roles_can_be_slower_in_a_run() -> None:
+    """By so many times, in all that they do; the processor time of a step says so."""
+    each = costs(update=((1, 8e-3),), slower={"actor": 1.5, "learner": 2.0})
+    found = simulate(learning(STALE), each, 2, ONE_HOST)
+    assert found.steps_per_second == pytest.approx(20 / 16e-3, rel=1e-2)
+    each = costs(update=((1, 1e-9),), slower={"actor": 1.5, "learner": 2.0})
+    found = simulate(learning(STALE), each, 2, ONE_HOST)
+    assert found.steps_per_second == pytest.approx(2 / 1.5e-3, rel=0.03)
+    assert found.processor["actor"] / found.steps_per_second == pytest.approx(1.5e-3, rel=0.05)
+
+
+# Short runs
+
+
+def as_trial(found: Forecast, device: str = "cpu") -> Trial:
+    """What a run that goes as in a simulation measures of itself."""
+    roles = {f"{kind} 0": {"processor": cores} for kind, cores in found.processor.items() if kind != "keeper"}
+    account = {"roles": roles, "cores_busy": sum(found.processor.values())}
+    return Trial(Options(device=device), found.steps_per_second, account)
+
+
+def test_costs_are_corrected_by_short_runs() -> None:
+    """Of a machine whose roles take longer than alone, and answers too, from runs with one and with two actors."""
+    alone = costs(inference=1e-3, update=((1, 30e-3),), message=1e-4, answer=2e-4)
+    truth = dataclasses.replace(alone, hop=2e-3, slower={"actor": 1.3, "learner": 1.6, "keeper": 1.2})
+    work = learning(STALE, lanes=4)
+    runs = {actors: as_trial(simulate(work, truth, actors)) for actors in (1, 2)}
+    found = corrected(work, alone, runs)
+    assert found.slower == pytest.approx(truth.slower, rel=0.05)
+    assert found.hop == pytest.approx(truth.hop, rel=0.25)
+    for actors in (1, 2, 8):
+        assert pace(work, found, actors) == pytest.approx(pace(work, truth, actors), rel=0.02)
+
+
+def test_answers_that_nobody_waits_for_are_not_corrected() -> None:
+    slow = costs(update=((1, 1.0),))
+    work = learning(STALE)
+    runs = {1: dataclasses.replace(as_trial(simulate(work, slow, 1)), steps_per_second=10.0)}
+    assert corrected(work, slow, runs).hop == 0.0
+
+
+def test_learners_on_a_gpu_are_not_corrected() -> None:
+    """What they were measured to take is no processor time."""
+    work, each = learning(STALE), costs(update=((1, 5e-3),))
+    truth = dataclasses.replace(each, slower={"actor": 1.2})
+    found = corrected(work, each, {1: as_trial(simulate(work, truth, 1), "cuda")})
+    assert found.slower == pytest.approx({"actor": 1.2}, rel=0.05)
+
+
+# Lag
+
+
 @pytest.mark.parametrize(("actors", "unrolls"), [(1, 1), (4, 1), (16, 1), (4, 4), (4, 8)])
 def test_lag_is_bounded_by_the_slots(actors: int, unrolls: int) -> None:
     """An unroll is as many versions late as updates were made of those before it, in slots that are there."""
@@ -167,6 +222,31 @@ def test_replay_ahead_overlaps_until_the_learner_is_full() -> None:
     assert pace(work, each, 16) == pytest.approx(4 / 1e-3, rel=0.02)
 
 
+def test_shards_store_and_draw_side_by_side() -> None:
+    """In turn: an unroll's 8 steps of 4 lanes, storing it, and 8 updates, for each of which all shards draw at once."""
+    each = costs(update=((1, 1e-3),), insert=4e-3, sample=2e-3)
+    seconds = 8e-3 + 4e-3 + 8 * (2e-3 + 1e-3)
+    for shards in (2, 4):
+        found = simulate(learning(REPLAY, 4, "actors_replay_learner", shards), each, 4, ONE_HOST)
+        assert found.steps_per_second == pytest.approx(32 / seconds, rel=0.01)
+        assert found.updates_per_second == pytest.approx(found.steps_per_second / 4, rel=0.02)
+        assert found.busy["shard"] == pytest.approx((4e-3 / shards + 16e-3) / seconds, rel=0.05)
+    slow = costs(update=((1, 1e-3),), message=1e-3)
+    one, prioritised = (
+        pace(learning(dataclasses.replace(REPLAY, alpha=alpha), 4, "actors_replay_learner", 2), slow, 2)
+        for alpha in (0.0, 0.6)
+    )
+    assert prioritised < 0.9 * one  # they ask once more for each batch
+
+
+def test_draws_from_shards_elsewhere_wait_for_the_network() -> None:
+    """16 rows of 1 MB, each with the observation after it, come from the second host's shard at 10 Gbit/s."""
+    two = Cluster(cores_per_host=64, actors_per_host=1, bandwidth=10.0, latency=0.0)
+    each = costs(update=((1, 1e-3),), unroll_bytes=32e6)
+    work = learning(dataclasses.replace(REPLAY, ahead=2), 4, "actors_replay_learner", 2)
+    assert pace(work, each, 2, two) < 4 / (2 * 16e6 * 8e-10)
+
+
 def test_parameter_server_scales_until_a_shard_is_full() -> None:
     each = costs(update=((1, 8e-3),), optimise=1e-3)
     work = learning(REPLAY, 1, "parameter_server", shards=2)  # two updates for 8 steps, of 7 ms, and 0.5 in a shard
@@ -228,8 +308,6 @@ def test_refusals() -> None:
         Cluster(mtbf=-1)
     with pytest.raises(Refused, match="bandwidth=0"):
         Cluster(bandwidth=0)
-    with pytest.raises(Refused, match="shards=2: replay in shards is not simulated; leave it out"):
-        learning(STALE, topology="actors_replay_learner", shards=2)
     with pytest.raises(Refused, match="evolution is not modelled"):
         simulate(learning(STALE, topology="evolution"), FREE, 1)
 
@@ -359,6 +437,8 @@ def test_picture(tmp_path: Path) -> None:
     found = [simulate(learning(STALE), costs(update=((1, 5e-3),)), actors, ONE_HOST) for actors in (1, 4, 16)]
     assert draw(found, "A title", tmp_path / "plan.png").stat().st_size > 10_000
     assert len(list(show(FREE, found))) == 2 + 1 + 3 + 3
+    lines = list(show(costs(slower={"actor": 1.25, "learner": 1.5}, hop=2e-4), found))
+    assert lines[2] == "times as long in a run: actor 1.25, learner 1.50; an answer 200 µs later"
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from rookery.data.plan import OnPolicy, Refused, ReplayPlan
@@ -33,6 +34,7 @@ class Costs:
     weights_bytes: float = 0.0
     valid: float = 1.0  # the share of rows that count as steps
     crowding: float = 1.0  # times as long as that when all cores of a host are busy
+    slower: Mapping[str, float] = field(default_factory=dict)  # times as long in a run, by kind of role
 
     def round(self, size: float) -> float:
         """Seconds of a round of updates: between two measured sizes, or beyond the last two, on a straight line."""
@@ -50,11 +52,7 @@ class Work:
     topology: str  # module below rookery.topologies
     plan: OnPolicy | ReplayPlan
     lanes: int
-    shards: int = 1  # of a parameter server
-
-    def __post_init__(self) -> None:
-        if self.shards > 1 and self.topology != "parameter_server":
-            raise Refused(f"shards={self.shards}: replay in shards is not simulated; leave it out.")
+    shards: int = 1  # of a parameter server, or of replay
 
     @property
     def rows(self) -> int:

@@ -21,6 +21,7 @@ from rookery.algorithms.base import Algorithm, ReplayPlan
 from rookery.data.replay import ReplayBuffer
 from rookery.learner import Learner
 from rookery.planner.costs import Cluster, Costs, Work
+from rookery.planner.rehearsal import corrected, rehearse
 from rookery.run import build, closing, threads
 from rookery.runtimes.boxes import copied, nbytes, pour
 from rookery.runtimes.local import Local
@@ -57,7 +58,8 @@ def measure(name: str, algorithm: Algorithm, env: Any, options: Options, actors:
     batches = sorted({work.batch(number) for number in actors})
     with threads(1):
         learns = _learner(setting, work, [size for size in batches if size <= LARGEST] or batches[:1])
-        return work, Costs(**learns, **_actor(setting, work.rows))
+        costs = Costs(**learns, **_actor(setting, work.rows))
+    return work, corrected(work, costs, rehearse(system, found, setting, work.shards))
 
 
 class Metered(Collector):
@@ -159,7 +161,7 @@ def _learner(setting: Setting, work: Work, sizes: list[int]) -> dict[str, Any]:
         values = learner.values()
         box = copied(values)
         if isinstance(plan, ReplayPlan):
-            found, batches = _replay(setting, plan, collector, unroll, sizes)
+            found, batches = _replay(setting, plan, work.shards, collector, unroll, sizes)
         else:
             collector.fill(unroll)
             batches = [partial(joined, [unroll] * size, learner.device) for size in sizes]
@@ -186,9 +188,9 @@ def _learner(setting: Setting, work: Work, sizes: list[int]) -> dict[str, Any]:
 
 
 def _replay(
-    setting: Setting, plan: ReplayPlan, collector: Collector, unroll: Unroll, sizes: list[int]
+    setting: Setting, plan: ReplayPlan, shards: int, collector: Collector, unroll: Unroll, sizes: list[int]
 ) -> tuple[dict[str, float], list[Callable[[], Any]]]:
-    """What storing and drawing cost; what is drawn for each size of a round."""
+    """What storing and drawing cost, of one of the shards its share; what is drawn for each size of a round."""
     small = replace(plan, capacity=min(plan.capacity, STORED), learning_starts=1)
     store = ReplayBuffer(small, setting.lanes, seed=0, stack=setting.replay.stack, spec=setting.replay.spec)
     taken: list[float] = []
@@ -200,7 +202,7 @@ def _replay(
     drawn = [store.sample(plan.batch * size, beta=plan.beta) for size in sizes]
 
     def draw() -> None:
-        samples = store.sample(plan.batch, beta=plan.beta)
+        samples = store.sample(plan.batch // shards, beta=plan.beta)
         copied(samples)
         if plan.alpha:
             store.prioritise(samples["index"], samples["weight"])

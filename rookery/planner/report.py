@@ -31,6 +31,9 @@ def show(costs: Costs, forecasts: Sequence[Forecast]) -> Iterator[str]:
     micro = {name: getattr(costs, name) * 1e6 for name in ("environment", "inference", "asleep", "message", "answer")}
     yield "µs: " + ", ".join(f"{name} {value:,.0f}" for name, value in micro.items() if value)
     yield "update: " + ", ".join(f"{seconds * 1e3:,.2f} ms of {size:g}" for size, seconds in costs.update)
+    if costs.slower:
+        factors = ", ".join(f"{kind} {factor:.2f}" for kind, factor in costs.slower.items())
+        yield f"times as long in a run: {factors}; an answer {costs.hop * 1e6:,.0f} µs later"
     kinds = [kind for kind in forecasts[0].busy if kind != KEEPER]
     names = ["actors", "hosts", "steps/s", "linear", "updates/s", "lag", "most", *(f"{kind} busy" for kind in kinds)]
     rows = [[*names, *["price of 1M"] * (forecasts[0].price > 0), "limit"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from rookery.data.plan import Refused
@@ -9,7 +10,7 @@ from rookery.planner.costs import Cluster, Costs, Work
 from rookery.planner.simulation import Events, Forecast, Player, Queue, Signal, Simulation
 from rookery.runtimes.limiter import RateLimiter
 
-__all__ = ["ActorsLearner", "ActorsReplayLearner", "Hogwild", "ParameterServer", "simulate"]
+__all__ = ["ActorsLearner", "ActorsReplayLearner", "ActorsShardsLearner", "Hogwild", "ParameterServer", "simulate"]
 
 
 def simulate(work: Work, costs: Costs, actors: int, cluster: Cluster | None = None, seed: int = 0) -> Forecast:
@@ -20,7 +21,9 @@ def simulate(work: Work, costs: Costs, actors: int, cluster: Cluster | None = No
     """
     if work.topology not in TOPOLOGIES:
         raise Refused(f"{work.topology} is not modelled by the planner; plan one of {', '.join(TOPOLOGIES)}.")
-    return TOPOLOGIES[work.topology](work, costs, actors, cluster or Cluster(), seed).forecast()
+    sharded = work.shards > 1 and work.topology == "actors_replay_learner"
+    topology = ActorsShardsLearner if sharded else TOPOLOGIES[work.topology]
+    return topology(work, costs, actors, cluster or Cluster(), seed).forecast()
 
 
 class ActorsLearner(Simulation):
@@ -66,7 +69,7 @@ class ActorsLearner(Simulation):
 class ActorsReplayLearner(Simulation):
     """The ratio of samples to inserts is all that anybody waits for."""
 
-    words = (("replay", "replay"), ("weights", "weights"))
+    words: tuple[tuple[str, str], ...] = (("replay", "replay"), ("weights", "weights"))
 
     def begin(self) -> None:
         plan = self.plan
@@ -84,8 +87,14 @@ class ActorsReplayLearner(Simulation):
             known, version = version, self.published
             yield from self.fetch(who, known)
             yield from self.collect(who)
-            yield from self.tells(who, partial(self.insert, index, version), self.c.unroll_bytes, self.c.insert)
+            yield from self.store(who, index, version)
             yield from self.tells(who)  # how far the run is
+
+    def store(self, who: Player, index: int, version: int) -> Events:
+        yield from self.tells(who, partial(self.insert, index, version), self.c.unroll_bytes, self.c.insert)
+
+    def draw(self, who: Player, batches: int) -> Events:
+        yield from self.kept(who, batches * self.c.sample)
 
     def may_insert(self, index: int) -> bool:
         ours = self.plan.ahead > 0 or self.turn == index
@@ -111,12 +120,60 @@ class ActorsReplayLearner(Simulation):
             rounds = min(self.given.batch(len(self.actors)), int(limiter.owed // batch))
             limiter.samples += rounds * batch
             limiter.unlearnt = rounds * batch
-            yield from self.kept(who, rounds * self.c.sample)
+            yield from self.draw(who, rounds)
             self.room.stir()
             yield from who.work("learning", self.c.round(rounds))
             self.version += 1
             yield from self.publish(who)
             self.count("updates", rounds)
+
+
+class ActorsShardsLearner(ActorsReplayLearner):
+    """The same with rows in shards, which store and draw; each has a host, as far as there are enough."""
+
+    words = (*ActorsReplayLearner.words, ("requests", "calls"))
+
+    def begin(self) -> None:
+        self.requests = [Queue(self.sim, 1, 0) for _ in range(self.given.shards)]
+        for place in range(len(self.requests)):
+            self.add(self.shard, "shard", self.hosts[place % len(self.hosts)])
+        super().begin()
+
+    def store(self, who: Player, index: int, version: int) -> Events:
+        place = index % len(self.requests)
+        yield from self.calls(who, [place], self.c.insert, self.c.unroll_bytes)
+        yield from self.tells(who, partial(self.insert, index, version))
+
+    def draw(self, who: Player, batches: int) -> Events:
+        everyone = range(len(self.requests))
+        share = 2 * self.c.unroll_bytes / self.items * self.plan.batch / len(everyone)  # an observation, and the next
+        for _ in range(batches):
+            yield from self.calls(who, everyone, self.c.sample, answer=share)
+            if self.plan.alpha:
+                yield from self.calls(who, everyone, 0.0)  # whose work is in that of a sample
+
+    def calls(
+        self, who: Player, places: Sequence[int], seconds: float, question: float = 0.0, answer: float = 0.0
+    ) -> Events:
+        """Ask these shards for so much work, by so many bytes, and wait for so many of each."""
+        left, answered = set(places), Signal(self.sim)
+
+        def take(place: int) -> None:
+            left.discard(place)
+            answered.stir()
+
+        for place in places:
+            request = seconds, answer, partial(take, place)
+            yield from self.tells(who, partial(self.requests[place].put, 0, request), question)
+        yield from self.asks(who, "requests", answered, lambda: not left)
+
+    def shard(self, who: Player, index: int) -> Events:
+        queue = self.requests[index]
+        while True:
+            yield from self.asks(who, "requests", queue.come, partial(queue.has, 1))
+            _, (seconds, size, answered) = queue.filled.popleft()
+            yield from who.work("transfer", seconds)
+            yield from self.tells(who, answered, size)
 
 
 class ParameterServer(Simulation):

@@ -14,7 +14,7 @@ from typing import Any
 
 from rookery.data.plan import ReplayPlan
 from rookery.planner.costs import Cluster, Costs, Work
-from rookery.runs.account import KEEPER, bottleneck, flat
+from rookery.runs.account import KEEPER, bottleneck, flat, kind_of
 
 try:
     import simpy
@@ -44,6 +44,7 @@ class Forecast:
     lag: float  # versions of the weights, mean
     lag_max: int
     busy: dict[str, float]  # share of its time, by kind of role
+    processor: dict[str, float]  # cores that are used, by kind of role
     limit: str  # as a run's account has it (`docs/tour.md`)
     because: str
     price: float  # of a million steps
@@ -108,9 +109,10 @@ class Host:
         """Whether roles ever have to wait for a core."""
         return self.roles > self.cores.capacity
 
-    def run(self, seconds: float) -> Events:
-        """So many seconds of a core."""
+    def run(self, seconds: float) -> Generator[Any, Any, float]:
+        """So many seconds of a core; gives how many it took."""
         slice_, long = max(SLICE, seconds / SLICES) if self.crowded else seconds, seconds > SLICE
+        taken = 0.0
         while seconds > 0:
             if self.back is not None:
                 yield self.back
@@ -118,18 +120,20 @@ class Host:
             if self.crowded:
                 with self.cores.request(long) as turn:
                     yield turn
-                    yield from self._at(spent)
+                    taken += yield from self._at(spent)
             else:
-                yield from self._at(spent)
+                taken += yield from self._at(spent)
             seconds -= spent
+        return taken
 
-    def _at(self, seconds: float) -> Events:
+    def _at(self, seconds: float) -> Generator[Any, Any, float]:
         others = self.at_work / max(1, self.cores.capacity - 1)
         seconds *= 1 + (self.crowding - 1) * others
         self.at_work += 1
         yield self.sim.timeout(seconds)
         self.at_work -= 1
         self.used += seconds
+        return seconds
 
     def dies(self, lives: Callable[[], float], outage: float) -> Events:
         """Stand still now and then."""
@@ -142,10 +146,11 @@ class Host:
 
 
 class Player:
-    """A role: what it spends its time on."""
+    """A role: what it spends its time on; by costs, or so many times as long."""
 
-    def __init__(self, name: str, host: Host) -> None:
-        self.name, self.host = name, host
+    def __init__(self, name: str, host: Host, costs: Costs) -> None:
+        self.name, self.kind, self.host = name, kind_of(name), host
+        self.slower, self.used = costs.slower.get(self.kind, 1.0), 0.0  # seconds of a core
         self.seconds: dict[str, float] = defaultdict(float)  # by activity
         self.waits: dict[str, float] = defaultdict(float)  # by word
         host.roles += 1
@@ -154,7 +159,8 @@ class Player:
         """So long on a core, and so long without."""
         sim = self.host.sim
         began = sim.now
-        yield from self.host.run(seconds)
+        taken = yield from self.host.run(seconds * self.slower)
+        self.used += taken  # not at once: it may have been forgotten in between
         if asleep:
             yield sim.timeout(asleep)
         self.seconds[activity] += sim.now - began
@@ -177,13 +183,15 @@ class Simulation:
         self.given, self.c, self.cluster, self.random = work, costs, cluster, random.Random(seed)
         self.plan: Any = work.plan
         self.items = work.rows * work.lanes  # steps of an unroll
+        self.parts = work.shards if work.topology == "parameter_server" else 1  # of the weights
         self.sim = sim = simpy.Environment()
         places = cluster.places(actors)
         self.hosts = [Host(sim, cluster.cores, costs.crowding) for _ in range(max(places) + 1)]
         self.home = self.hosts[0]
-        self.keeper, self.ear = Player(KEEPER, self.home), simpy.Resource(sim)
+        self.keeper, self.ear = Player(KEEPER, self.home, costs), simpy.Resource(sim)
         self.into, self.out = simpy.Resource(sim), simpy.Resource(sim)  # the home's network
-        self.actors = [Player(f"{self.acts} {index}", self.hosts[place]) for index, place in enumerate(places)]
+        acting = ((f"{self.acts} {index}", self.hosts[place]) for index, place in enumerate(places))
+        self.actors = [Player(name, host, costs) for name, host in acting]
         self.players = [self.keeper, *self.actors]
         self.version = self.published = 0
         self.renewed = Signal(sim)
@@ -203,10 +211,10 @@ class Simulation:
         """A role that acts."""
         raise NotImplementedError
 
-    def add(self, role: Callable[[Player, int], Events], kind: str) -> None:
-        """A role at home; the first of its kind has index 0."""
+    def add(self, role: Callable[[Player, int], Events], kind: str, host: Host | None = None) -> None:
+        """A role, at home if nothing else is said; the first of its kind has index 0."""
         index = sum(player.name.startswith(kind) for player in self.players)
-        self.players.append(Player(f"{kind} {index}", self.home))
+        self.players.append(Player(f"{kind} {index}", host or self.home, self.c))
         self.sim.process(role(self.players[-1], index))
 
     def _estimate(self) -> float:
@@ -279,7 +287,7 @@ class Simulation:
     def publish(self, who: Player) -> Events:
         """Show others what is newest."""
         yield from self.asks(who, "weights")
-        yield from who.work("transfer", self.c.publish / self.given.shards)
+        yield from who.work("transfer", self.c.publish / self.parts)
         yield from self.tells(who, partial(self.show, self.version))
 
     def show(self, version: int) -> None:
@@ -323,6 +331,7 @@ class Simulation:
         for player in self.players:
             player.seconds.clear()
             player.waits.clear()
+            player.used = 0.0
         for host in self.hosts:
             host.used = 0.0
         self.marks, self.lags = {name: {} for name in self.totals}, []
@@ -336,6 +345,9 @@ class Simulation:
         words = {name: {"kind": kind} for name, kind in self.words}
         found: dict[str, Any] = {"roles": roles, "words": words, "processes": 1 + len(roles), "cores": cores}
         found |= {"cores_busy": sum(host.used for host in self.hosts) / seconds, "restarts": {}, "dropped": {}}
+        processor: dict[str, float] = defaultdict(float)
+        for player in self.players:
+            processor[player.kind] += player.used / seconds
         limit, rate = bottleneck(found), {name: pace(marks) for name, marks in self.marks.items()}
         return Forecast(
             actors=len(self.actors),
@@ -345,6 +357,7 @@ class Simulation:
             lag=sum(self.lags) / max(1, len(self.lags)),
             lag_max=max(self.lags, default=0),
             busy={name.removesuffix("_busy"): share for name, share in flat(found).items() if name.endswith("_busy")},
+            processor=dict(processor),
             limit=limit["limit"],
             because=limit["because"],
             price=self.cluster.price * cores / 3600 * 1e6 / max(rate["steps"], 1e-12),

@@ -51,6 +51,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "runtimes",
     ),
     "planner": (
+        "trial",
         "train",
         "run",
         "settings",
