@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from common import begin, child, finish, interleaved, interval, machine, parser, spread, table
-from scaling import QUIET, shown, steady
+from common import begin, child, finish, interval, machine, parser, spread, table
+from scaling import QUIET, steady
 
 NOTES = """PPO on `tensor:CartPole-v1`, one actor, settings as tuned for it, or with one pass over an unroll in one
 minibatch. "loop" is a `for` of `Collector.fill` and `Learner.update` in one process, without roles, words, metrics or
 progress; "inline" and "local" are `rookery.train`, the latter with four processes. Actor and learner take turns, and
-all processes are on one core, so nothing of what a runtime adds is hidden behind work. Ratios are taken round by round:
-their mean, and its 95 % interval (Student's t); of all else medians, with the least and the greatest."""
+all processes are on one core, so nothing of what a runtime adds is hidden behind work. The three of a case run at once,
+in slices of that core, since its speed changes by more within a minute than runtimes cost. Processor time for a step is
+what is compared: ratios are taken round by round, their mean with its 95 % interval (Student's t); µs are medians, with
+the least and the greatest."""
 
 PPO: dict[str, dict[str, Any]] = {"as tuned": {}, "one pass": {"epochs": 1, "minibatches": 1}}
+WAYS = ("loop", "inline", "local")
 
 
 def overhead(spec: dict[str, Any]) -> dict[str, Any]:
@@ -56,17 +60,15 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any]:
     return {**result, "microseconds": {"all": cores / rate * 1e6}}
 
 
-def overhead_table(found: dict[str, list[dict[str, Any]]]) -> str:
+def overhead_table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     """Each way beside the loop of the same case."""
     rows = []
-    for name, rounds in found.items():
-        case = name.rpartition(", ")[0]
-        rates, spent = ([each["steps_per_second"] for each in rounds], [each["microseconds"]["all"] for each in rounds])
-        alone = found[f"{case}, loop"]
-        slower = [one["steps_per_second"] / rate for one, rate in zip(alone, rates, strict=True)]
-        more = [used / one["microseconds"]["all"] for one, used in zip(alone, spent, strict=True)]
-        rows.append([name, f"{spread(rates):,.0f}", ratio(slower), f"{spread(spent):.1f}", ratio(more)])
-    return table(["PPO", "steps/s", "time, of the loop's", "processor µs a step", "of the loop's"], rows)
+    for case, ways in found.items():
+        spent = {way: [each["microseconds"]["all"] for each in rounds] for way, rounds in ways.items()}
+        for way, each in spent.items():
+            more = [used / alone for used, alone in zip(each, spent["loop"], strict=True)]
+            rows.append([f"{case}, {way}", f"{spread(each):.1f}", "" if way == "loop" else ratio(more)])
+    return table(["PPO", "processor µs a step", "of the loop's"], rows)
 
 
 def ratio(ratios: list[float]) -> str:
@@ -80,14 +82,17 @@ def main() -> None:
     flags = parser(__doc__ or "", rounds=10)
     flags.add_argument("--steps", type=int, default=150_000, help="of PPO as tuned; four times as many with one pass")
     args = begin(flags, {"overhead": overhead})
-    steps, cores = 60_000 if args.smoke else args.steps, args.cores[:1]
-    variants = {
-        f"{case}, {way}": {"kind": "overhead", "case": case, "way": way, "steps": steps * (4 if extra else 1)}
-        for case, extra in PPO.items()
-        for way in ("loop", "inline", "local")
-    }
-    about = machine(cores)
-    found = interleaved(variants, args.rounds, lambda spec, _: child(__file__, spec, cores), shown)
+    cores, about, found = args.cores[:1], machine(args.cores[:1]), {}
+    for case, extra in PPO.items():
+        steps = (60_000 if args.smoke else args.steps) * (4 if extra else 1)
+        specs = [{"kind": "overhead", "case": case, "way": way, "steps": steps} for way in WAYS]
+        rounds = []
+        for number in range(args.rounds):
+            with ThreadPoolExecutor(len(WAYS)) as pool:
+                rounds.append(list(pool.map(lambda spec: child(__file__, spec, cores), specs)))
+            spent = (f"{way} {each['microseconds']['all']:.1f}" for way, each in zip(WAYS, rounds[-1], strict=True))
+            print(f"  round {number + 1}/{args.rounds}  {case}: {', '.join(spent)} µs a step", flush=True)
+        found[case] = dict(zip(WAYS, map(list, zip(*rounds, strict=True)), strict=True))
     finish(args, "overhead", about, {"overhead": found}, "The runtimes' overhead", overhead_table(found), NOTES)
 
 

@@ -54,7 +54,10 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     """Train for some seconds, by what was predicted."""
     number, workers = spec["number"], spec["system"] == "a3c"
     settings = {**settings_of(spec), **QUIET, "runtime": "local", "learners" if workers else "actors": number}
-    settings |= {"steps": int(spec["rate"] * (spec["seconds"] + number)), "log_every": max(LENGTH, int(spec["rate"]))}
+    settings |= {
+        "steps": int(spec["rate"] * (spec["seconds"] + number)),
+        "log_every": max(LENGTH, int(spec["rate"] / number)),
+    }
     return steady(spec["system"], spec["env"], settings, "learner" if workers else "actor", number)
 
 

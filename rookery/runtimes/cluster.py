@@ -236,7 +236,8 @@ def _reach(address: str | None, cores: float) -> None:
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        ray.init("local", num_cpus=math.ceil(cores), include_dashboard=False, **quiet)
+        at_once = {"prestart_worker_first_driver": False}  # no processes that wait for work: roles have their own
+        ray.init("local", num_cpus=math.ceil(cores), include_dashboard=False, _system_config=at_once, **quiet)
         return
     try:
         _knock(address)

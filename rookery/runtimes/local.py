@@ -173,9 +173,13 @@ class Local:
     def _arrange(self) -> None:
         """Between turns: move roles that are to go on elsewhere; here there is no elsewhere."""
 
-    def _prepare(self, graph: Graph) -> None:
+    @staticmethod
+    def _preload(graph: Graph) -> None:
         modules = {main.__module__, *(spec.function.__module__ for spec in graph.roles)}
         preload([*sorted(modules), *(name for name in LARGE if name in sys.modules)])
+
+    def _prepare(self, graph: Graph) -> None:
+        self._preload(graph)
         multiprocessing.util.get_temp_dir()  # one for all processes: a killed one cannot remove its own
         _open_many_files()
         self._quiet.clear()

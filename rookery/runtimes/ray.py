@@ -201,6 +201,7 @@ class Ray(Local):
                 f"role_needs names {unknown[0]!r}; the roles of this run are {', '.join(sorted(names))}."
             )
         self._together = any(spec.options.get("once") for spec in graph.words.values())
+        self._preload(graph)  # while Ray begins
         with self.cluster.joined(sum(self._of(spec).get("CPU", 0.0) for spec in graph.roles)):
             self.cluster.check(asked, self._together)
             return super().run(graph, between, saved)
