@@ -94,7 +94,8 @@ def _threads(options: Options, counts: list[int]) -> Iterator[Options]:
 
 
 def _split(options: Options, actors: int, **choices: Any) -> Options:
-    return replace(options, actors=actors, envs=options.actors * options.envs // actors, **choices)
+    split = replace(options, actors=actors, envs=options.actors * options.envs // actors, **choices)
+    return replace(split, threads=min(options.threads, split.cores_each)) if split.runtime == "local" else split
 
 
 def _fits(system: System, algorithm: Algorithm, options: Options) -> bool:

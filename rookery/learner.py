@@ -160,7 +160,7 @@ class Learner:
         plan, priorities = self.algorithm.plan, []
         rows = data
         if isinstance(plan, OnPolicy):
-            with torch.no_grad():
+            with torch.no_grad(), precision(self.device, self._bf16):
                 rows = self.algorithm.prepare(self.net, data)
         for minibatch in minibatches(plan, rows, self.generator):
             minibatch |= self.algorithm.noise(self.net, minibatch, self.generator)

@@ -97,7 +97,7 @@ class Options:
     precision: Literal["auto", "float32", "bf16"] = "auto"  # of encoders; "auto" takes bf16 for images where it is fast
     compile: bool = False  # torch.compile for acting and loss: faster, but tens of seconds to begin with
     cuda_graphs: bool = False  # replay what is compiled as CUDA graphs
-    threads: int = 0  # of torch; 0 takes one for vectors and every core for images
+    threads: int = 0  # of torch, in each process; 0 takes one for vectors, and for images each its share of the cores
     frame_stack: int = 0  # frames an observation shows; 0 leaves it to the environment
     clip_reward: bool = False  # to [-1, 1], for learning only
     replay_memory: Literal["device", "ram", "disk"] = "device"  # "disk" maps files in the run folder into memory
@@ -167,6 +167,12 @@ class Options:
         return found
 
     @property
+    def cores_each(self) -> int:
+        """Cores for each of the processes that compute, at least one."""
+        processes = 1 if self.runtime == "inline" else self.actors + self.learners
+        return max(1, len(os.sched_getaffinity(0)) // processes)
+
+    @property
     def env_settings(self) -> dict[str, Any]:
         """The environment's own settings by name; a value that is no JSON is a string."""
         pairs = dict(pair.split("=", 1) for pair in self.env_options)
@@ -183,7 +189,7 @@ class Options:
             self,
             device=device,
             precision=fitting if self.precision == "auto" else self.precision,
-            threads=self.threads or (len(os.sched_getaffinity(0)) if images else 1),
+            threads=self.threads or (self.cores_each if images else 1),
             log_every=self.log_every or max(1, self.steps // 200),
             eval_every=self.eval_every or max(1, self.steps // 10),
         )

@@ -125,12 +125,24 @@ def test_an_environment_with_lanes_of_its_own_keeps_them(paced: Any) -> None:
     assert {(options.actors, options.envs) for options in tried} == {(2, 8)}
 
 
-def test_threads_are_tried_on_the_best(paced: Any) -> None:
+def test_threads_are_tried_on_the_best(paced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores(monkeypatch, 64)
     tried = paced(lambda options: options.actors + (options.threads == 1))
     best, _ = search("ppo", {"envs": 8, "threads": 4})
     assert [options.threads for options in tried] == [4] * (len(tried) - 1) + [1]
     assert best == tried[-1]
     assert best.actors == max(options.actors for options in tried)
+
+
+def test_processes_have_no_more_threads_than_their_share_of_the_cores(
+    paced: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores(monkeypatch, 8)
+    tried = paced(lambda options: 1.0)
+    search("ppo", {"envs": 8, "threads": 4})
+    found = {options.actors: options.threads for options in tried if options.runtime == "local"}
+    assert found == {1: 4, 4: 1, 8: 1}
+    assert {options.threads for options in tried if options.runtime == "inline"} == {4, 1}
 
 
 # What is kept

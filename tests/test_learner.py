@@ -57,6 +57,20 @@ def learn(learner: Learner, unroll: Batch) -> dict[str, float]:
     return learner.metrics()
 
 
+@pytest.mark.parametrize("vtrace", [False, True])
+def test_bf16_holds_for_all_that_a_learner_asks_its_network(vtrace: bool) -> None:
+    """Also for what is worked out before the losses, which for APPO is a pass over the whole unroll."""
+    algorithm = PPO(vtrace=vtrace, **SMALL)
+    net, batch = collected(algorithm)
+    lowered: list[bool] = []
+    next(net.children()).register_forward_pre_hook(lambda *_: lowered.append(torch.is_autocast_enabled("cpu")))
+    for bf16 in (False, True):
+        lowered.clear()
+        learn(Learner(algorithm, net, 10_000, 0, bf16=bf16), batch)
+        assert len(lowered) >= algorithm.epochs * algorithm.minibatches
+        assert set(lowered) == {bf16}
+
+
 def prepared(algorithm: Algorithm, net: Any, unroll: Batch) -> Batch:
     """What the loss reads, in the shape of a single minibatch."""
     with torch.no_grad():
