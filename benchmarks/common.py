@@ -230,11 +230,12 @@ def finish(args: argparse.Namespace, name: str, about: Result, found: Result, ti
 def write(out: Path, name: str, result: Result, text: str) -> Path:
     """Write `NAME-DATE.json`, with the command, and the text beside it as `.md`; print the text; give the JSON's path.
 
-    Where it is written is left out of the command, which says what was measured and not whose machine it was.
+    Folders are left out of the command, which says what was measured and not whose machine it was.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}-{result['machine']['date']}.json"
-    result["command"] = [word for word in sys.argv[1:] if word != "--out" and Path(word) != out]
+    words = [word for word in sys.argv[1:] if word != "--out" and Path(word) != out]
+    result["command"] = [Path(word).name if Path(word).is_absolute() else word for word in words]
     path.write_text(json.dumps(_finite(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     path.with_suffix(".md").write_text(text.rstrip() + "\n")
     print(f"\n{text.rstrip()}\n\n{path}")
