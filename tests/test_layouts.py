@@ -47,6 +47,7 @@ def paced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Pace], list[Options]]:
             return Trial(options, pace(options), {"bottleneck": {"limit": "learner", "because": "It is."}})
 
         monkeypatch.setattr(trial, "measure", measure)
+        monkeypatch.setattr(trial, "gc", SimpleNamespace(collect=int))  # there is nothing to free, and much to look at
         return tried
 
     return begin
