@@ -175,13 +175,14 @@ class Local:
 
     @staticmethod
     def _preload(graph: Graph) -> None:
+        """Let the server of forks begin; what it has by then, every role has."""
+        multiprocessing.util.get_temp_dir()  # one for all processes: a killed one cannot remove its own
+        _open_many_files()
         modules = {main.__module__, *(spec.function.__module__ for spec in graph.roles)}
         preload([*sorted(modules), *(name for name in LARGE if name in sys.modules)])
 
     def _prepare(self, graph: Graph) -> None:
         self._preload(graph)
-        multiprocessing.util.get_temp_dir()  # one for all processes: a killed one cannot remove its own
-        _open_many_files()
         self._quiet.clear()
         threading.Thread(target=self._interrupt, daemon=True).start()
 
