@@ -42,6 +42,7 @@ PACKAGES = (
     "torch",
     "numpy",
     "tensordict",
+    "numba",
     "gymnasium",
     "envpool",
     "stable-baselines3",

@@ -15,8 +15,8 @@ from torch import Tensor
 from rookery.data.frames import REACH, Observations, StackedFrames
 from rookery.data.plan import ReplayPlan
 from rookery.data.samples import FLAGS, SPAN, STEP, Hindsight, Samples, Sequences, Transitions
-from rookery.data.storage import Key, Memory, Ring, allocator, leaves, nested
-from rookery.data.sum_tree import SumTree
+from rookery.data.storage import Key, Looks, Memory, Ring, allocator, leaves, nested
+from rookery.data.sum_tree import SumTree, sum_tree
 from rookery.envs.spec import EnvSpec
 from rookery.envs.spec import leaves as leaf_spaces
 from rookery.envs.vector import Obs
@@ -26,8 +26,6 @@ __all__ = ["ReplayBuffer", "check_priorities"]
 NEEDED = ("obs", "action", *FLAGS)
 DROPPED = ("discounted_return", "raw_reward", "start", "q", "best", "priority")  # of an unroll, but not of replay
 ENTERING = ("replay", "entering")  # priority that a row gets when it can first be drawn
-
-Looks = dict[Key, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of what is stored in a cell
 
 EPSILON = 1e-6  # least priority, so that a row whose error is 0 is seen again (Schaul et al. 2016, section 3.3)
 SPARSE = 0.25  # share of cells that can be drawn, below which they are listed instead of guessed
@@ -80,7 +78,7 @@ class ReplayBuffer:
             self._samples = Hindsight(ring, observations, plan, spec.goal_reward)
         else:
             self._samples = (Sequences if plan.sequence else Transitions)(ring, observations, plan)
-        self._tree = SumTree(ring.cells, allocate) if plan.alpha > 0 else None
+        self._tree = sum_tree(ring.cells, allocate, self.device) if plan.alpha > 0 else None
         self._largest = 1.0  # priority seen so far
         # Of each writer: rows written, and how many of its cells can be drawn.
         counters = allocator("shared" if memory == "shared" else "ram", torch.device("cpu"))
@@ -191,8 +189,12 @@ class ReplayBuffer:
         return self._frames.newest(obs)
 
     def _allocate(self, looks: Looks) -> None:
-        for key, (shape, dtype) in looks.items():
-            self._ring.add(key, shape, dtype)
+        apart: list[Key] = [("terminated",), ("truncated",), ("valid",)]  # what no row is shown with
+        if self._frames is not None:
+            apart.append(("obs",))
+        for key in apart:
+            self._ring.add(key, *looks[key])
+        self._ring.add_together({key: look for key, look in looks.items() if key not in apart})
         for key, dtype in self._samples.columns.items():
             self._ring.add(key, (), dtype)
         if self._frames is not None:
@@ -332,10 +334,11 @@ class ReplayBuffer:
             return
         self._largest = max(self._largest, highest)
         cells = index.remainder(self._ring.cells)
-        there = (self._serial(cells) == index) & (self._tree.leaves.index_select(0, cells) > 0)
-        if not there.all():
+        oldest = max(written for written, _ in self._counts.tolist()) - self._ring.rows  # of the rows that are there
+        if int(index.amin()) < oldest * self.lanes * self.writers:
+            there = self._serial(cells) == index
             cells, priorities = cells[there], priorities[there]
-        self._tree.set(cells, self._leaf(priorities))
+        self._tree.change(cells, self._leaf(priorities))
 
     def _leaf(self, priority: Tensor) -> Tensor:
         return priority.double().clamp(min=EPSILON) ** self.plan.alpha
@@ -364,10 +367,7 @@ class ReplayBuffer:
         """
         batches = count // self.plan.batch if count % self.plan.batch == 0 else 1
         lots = torch.rand(batches, count // batches, generator=self.generator, device=self.device, dtype=torch.float64)
-        parts = (torch.arange(lots.shape[1], device=self.device) + lots) / lots.shape[1]
-        cells = tree.find(parts.view(-1) * tree.total())
-        leaf = tree.leaves.index_select(0, cells).view_as(lots)
-        return cells, ((leaf / leaf.amin(-1, keepdim=True)) ** -beta).float().view(-1)
+        return tree.draw(lots, beta)
 
     def _serial(self, cells: Tensor) -> Tensor:
         """A number that what is in a cell has for all time: its writer's row, counted from the first, · L + lane."""

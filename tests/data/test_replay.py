@@ -40,16 +40,26 @@ class ReplayMachine(RuleBasedStateMachine):
         pad=st.sampled_from(["zeros", "repeats", "carries"]),
         spare=st.integers(4, 18),
         seed=st.integers(0, 10**6),
+        compiled=st.booleans(),
     )
-    def begin(self, plan: dict, lanes: int, writers: int, stack: int, pad: str, spare: int, seed: int) -> None:
+    def begin(
+        self, plan: dict, lanes: int, writers: int, stack: int, pad: str, spare: int, seed: int, compiled: bool
+    ) -> None:
         longest = max(plan.get("n_step", 1), plan.get("sequence", 0) + plan.get("burn_in", 0))
         capacity = (longest + spare) * lanes * writers
         self.plan = ReplayPlan(capacity=capacity, batch=8, learning_starts=1, gamma=0.9, **plan)
-        self.made = {"lanes": lanes, "writers": writers, "stack": stack}
-        self.buffer = ReplayBuffer(self.plan, seed=seed, **self.made)
+        self.made, self.compiled = {"lanes": lanes, "writers": writers, "stack": stack}, compiled
+        self.buffer = self.buffer_of(seed)
         self.model = Model(self.plan, lanes, writers, stack)
         self.streams = [Stream(lanes, stack, pad, seed + writer) for writer in range(writers)]
         self.random = random.Random(seed)
+
+    def buffer_of(self, seed: int) -> ReplayBuffer:
+        """With the tree of sums that there is without Numba, or that with it."""
+        with pytest.MonkeyPatch.context() as patch:
+            if not self.compiled:
+                patch.setattr("rookery.data.sum_tree.find_spec", lambda name: None)
+            return ReplayBuffer(self.plan, seed=seed, **self.made)
 
     @rule(count=st.integers(1, 4), writer=st.integers(0, 1), given=st.booleans())
     def insert(self, count: int, writer: int, given: bool) -> None:
@@ -98,7 +108,7 @@ class ReplayMachine(RuleBasedStateMachine):
     def save_and_load(self) -> None:
         """The future of what was loaded is that of what was saved: every later check is of another buffer."""
         state = self.buffer.state()
-        loaded = ReplayBuffer(self.plan, seed=self.random.randrange(100), **self.made)
+        loaded = self.buffer_of(self.random.randrange(100))
         loaded.load_state(state)
         if len(self.buffer):
             mine, its = self.buffer.sample(5), loaded.sample(5)

@@ -109,6 +109,25 @@ def test_new_rows_get_the_largest_priority_so_far() -> None:
     assert buffer._tree.leaves[0] == 1e-6, "not 0: it would never be seen again"
 
 
+@pytest.mark.parametrize("writers", [1, 2])
+@pytest.mark.parametrize("inserted", range(6))
+def test_priorities_come_after_some_rows_are_overwritten(inserted: int, writers: int) -> None:
+    """What can still be drawn is changed, and what has taken the place of the others is not."""
+    buffer = ReplayBuffer(plan(capacity=8 * writers, alpha=1.0), 1, writers=writers)
+    for unroll in range(4 * writers):
+        buffer.insert(rows(4, lanes=1), unroll % writers)
+    index = buffer.sample(100)["index"]
+    for _ in range(inserted):
+        buffer.insert(rows(1, lanes=1))
+    expected = buffer._tree.leaves.clone()
+    drawable = buffer._serial(expected.nonzero().squeeze(-1))
+    there = torch.isin(index, drawable)
+    assert there.all() == (inserted == 0)
+    expected[index[there] % len(expected)] = 5.0
+    buffer.prioritise(index, torch.full(index.shape, 5.0))
+    assert torch.equal(buffer._tree.leaves, expected)
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), -1.0, float("inf")])
 def test_wrong_priorities_are_refused_whole(wrong: float) -> None:
     buffer, stream = filled(alpha=0.6)
