@@ -15,7 +15,7 @@ from torch import Tensor
 from rookery.data.frames import REACH, Observations, StackedFrames
 from rookery.data.plan import ReplayPlan
 from rookery.data.samples import FLAGS, SPAN, STEP, Hindsight, Samples, Sequences, Transitions
-from rookery.data.storage import Key, Looks, Memory, Ring, allocator, leaves, nested
+from rookery.data.storage import Key, Memory, Ring, allocator, leaves, nested
 from rookery.data.sum_tree import SumTree, sum_tree
 from rookery.envs.spec import EnvSpec
 from rookery.envs.spec import leaves as leaf_spaces
@@ -26,6 +26,8 @@ __all__ = ["ReplayBuffer", "check_priorities"]
 NEEDED = ("obs", "action", *FLAGS)
 DROPPED = ("discounted_return", "raw_reward", "start", "q", "best", "priority")  # of an unroll, but not of replay
 ENTERING = ("replay", "entering")  # priority that a row gets when it can first be drawn
+
+Looks = dict[Key, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of what is stored in a cell
 
 EPSILON = 1e-6  # least priority, so that a row whose error is 0 is seen again (Schaul et al. 2016, section 3.3)
 SPARSE = 0.25  # share of cells that can be drawn, below which they are listed instead of guessed
@@ -189,12 +191,8 @@ class ReplayBuffer:
         return self._frames.newest(obs)
 
     def _allocate(self, looks: Looks) -> None:
-        apart: list[Key] = [("terminated",), ("truncated",), ("valid",)]  # what no row is shown with
-        if self._frames is not None:
-            apart.append(("obs",))
-        for key in apart:
-            self._ring.add(key, *looks[key])
-        self._ring.add_together({key: look for key, look in looks.items() if key not in apart})
+        for key, (shape, dtype) in looks.items():
+            self._ring.add(key, shape, dtype)
         for key, dtype in self._samples.columns.items():
             self._ring.add(key, (), dtype)
         if self._frames is not None:

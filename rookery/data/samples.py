@@ -56,6 +56,11 @@ class Samples:
         """reward, terminated, truncated and valid of rows `low` to below `head`, each `[T, B]`."""
         return [self.ring.get((name,), writer, low, head - low) for name in FLAGS]
 
+    def recorded(self, cells: Tensor, but: tuple[str, ...] = ()) -> dict[str, Obs]:
+        """What else was stored in these cells."""
+        names = [name for name in self.ring.names if name not in ("replay", "obs", *FLAGS, *but)]
+        return {name: self.ring.read(name, cells) for name in names}
+
     def count_steps(self, writer: int, first: int, head: int) -> None:
         """Note in new rows how many rows before each its episode began."""
         valid = self.ring.get(("valid",), writer, first - 1, head - first)
@@ -84,15 +89,19 @@ class Transitions(Samples):
         return low, (span * (valid & known(span))).short()
 
     def read(self, cells: Tensor, generator: torch.Generator) -> dict[str, Obs]:
-        batch = self.ring.take_rows(cells)
-        if "obs" not in batch:
-            batch["obs"] = self.observations.read(cells)
-        if self.plan.n_step == 1:
-            discount = self.ring.take(("terminated",), cells).logical_not() * self.plan.gamma
-            following = self.ring.later(cells, 1)
-        else:
-            batch["reward"], discount, following = self.n_steps(cells)
-        return {**batch, "discount": discount, "next_obs": self.observations.read(following)}
+        reward, discount, following = self.one_step(cells) if self.plan.n_step == 1 else self.n_steps(cells)
+        return {
+            "obs": self.observations.read(cells),
+            **self.recorded(cells),
+            "reward": reward,
+            "discount": discount,
+            "next_obs": self.observations.read(following),
+        }
+
+    def one_step(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same as `n_steps` for n = 1, in fewer reads."""
+        discount = self.ring.take(("terminated",), cells).logical_not() * self.plan.gamma
+        return self.ring.take(("reward",), cells), discount, self.ring.later(cells, 1)
 
     def n_steps(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Σ_{k<m} γ^k r_{t+k} (Sutton and Barto 2018, eq. 7.1), γ^m·(1 − terminated), and the cells m = span on."""
@@ -174,10 +183,9 @@ class Sequences(Samples):
         # Before the episode's first row that is shown again; beyond its end, its last row and its final observation.
         row = place[:-1].clamp(-step, span - 1)
         at, inside = self.ring.later(cells, row), row == place[:-1]
-        apart = ("replay", "obs", "state", *FLAGS)
         batch = {
             "obs": self.observations.read(self.ring.later(cells, place.clamp(-step, span))),
-            **{name: self.ring.read(name, at) for name in self.ring.names if name not in apart},
+            **self.recorded(at, but=("state",)),
             **{name: self.ring.take((name,), at) * inside for name in FLAGS},
             "start": place == -step,
         }

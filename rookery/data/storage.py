@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +15,11 @@ from torch import Tensor
 
 from rookery.envs.vector import Obs
 
-__all__ = ["Allocate", "Key", "Looks", "Memory", "Ring", "allocator", "assembled", "leaves", "nested"]
+__all__ = ["Allocate", "Key", "Memory", "Ring", "allocator", "assembled", "leaves", "nested"]
 
 Memory = Literal["ram", "shared"] | Path  # a path is the folder of memory-mapped files
 Key = tuple[str, ...]  # a column's name, and below it the path into a structure
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]  # name, shape, dtype
-Looks = Mapping[Key, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of what is stored in a cell
 
 
 def leaves(value: Any, key: Key = ()) -> Iterator[tuple[Key, Tensor]]:
@@ -114,28 +112,10 @@ class Ring:
         self._allocate = allocate
         self._written: dict[Key, list[Tensor]] = {}  # each writer's [C, B, ...]
         self._flat: dict[Key, Tensor] = {}  # [C·L, numbers in a cell]
-        # Columns side by side, [C·L, numbers in a cell], and of each its numbers, its key, and its shape in a cell.
-        self._together: list[tuple[Tensor, list[int], list[tuple[Key, tuple[int, ...]]]]] = []
 
     def add(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Make room for a column whose cells have this shape."""
-        self._name(key, shape, self._allocate(".".join(key), (self.rows, self.lanes * self.writers, *shape), dtype))
-
-    def add_together(self, looks: Looks) -> None:
-        """Make room for the columns of whole rows: those of a dtype lie side by side, to be read as one."""
-        groups: dict[torch.dtype, list[Key]] = {}
-        for key, (_, dtype) in looks.items():
-            groups.setdefault(dtype, []).append(key)
-        for dtype, keys in groups.items():
-            shapes = [looks[key][0] for key in keys]
-            widths = [math.prod(shape) for shape in shapes]
-            name = "+".join(".".join(key) for key in keys)
-            whole = self._allocate(name, (self.rows, self.lanes * self.writers, sum(widths)), dtype)
-            for key, shape, part in zip(keys, shapes, whole.split(widths, -1), strict=True):
-                self._name(key, shape, part.view(*part.shape[:2], *shape))
-            self._together.append((whole.view(self.cells, -1), widths, list(zip(keys, shapes, strict=True))))
-
-    def _name(self, key: Key, shape: tuple[int, ...], column: Tensor) -> None:
+        column = self._allocate(".".join(key), (self.rows, self.lanes * self.writers, *shape), dtype)
         self.columns[key] = column
         self.names.setdefault(key[0], []).append(key)
         self._written[key] = list(column.split(self.lanes, 1))
@@ -168,19 +148,6 @@ class Ring:
     def read(self, name: str, cells: Tensor) -> Obs:
         """These cells of a whole structure, or of one tensor."""
         return assembled({key[1:]: self.take(key, cells) for key in self.names[name]}, cells.shape)
-
-    def take_rows(self, cells: Tensor) -> dict[str, Obs]:
-        """Of these cells `[N]` all that lies side by side, by name: views of one tensor for each dtype."""
-        found: dict[str, Obs] = {}
-        structures: dict[str, dict[Key, Tensor]] = {}
-        for flat, widths, columns in self._together:
-            for ((name, *path), shape), part in zip(columns, flat.index_select(0, cells).split(widths, 1), strict=True):
-                leaf = part if len(shape) == 1 else part.view(-1, *shape)
-                if path:
-                    structures.setdefault(name, {})[tuple(path)] = leaf
-                else:
-                    found[name] = leaf
-        return found | {name: assembled(parts, cells.shape) for name, parts in structures.items()}
 
     def later(self, cells: Tensor, rows: Tensor | int) -> Tensor:
         """The cells so many rows later in the same lanes; both broadcast."""
