@@ -15,7 +15,7 @@ from torch import Tensor
 from rookery.data.frames import REACH, Observations, StackedFrames
 from rookery.data.plan import ReplayPlan
 from rookery.data.samples import FLAGS, SPAN, STEP, Hindsight, Samples, Sequences, Transitions
-from rookery.data.storage import Key, Memory, Ring, allocator, leaves, nested
+from rookery.data.storage import Key, Memory, Ring, allocator, leaves, nested, plain, tensor_of
 from rookery.data.sum_tree import SumTree, sum_tree
 from rookery.envs.spec import EnvSpec
 from rookery.envs.spec import leaves as leaf_spaces
@@ -326,20 +326,20 @@ class ReplayBuffer:
         Raises:
             ValueError: for priorities that are no finite numbers ≥ 0; none is set then.
         """
-        index, priorities = index.to(self.device), priorities.to(self.device)
+        index, priorities = index.to(self.device), priorities.detach().to(self.device)
         highest = check_priorities(priorities, None, index.shape)
         if self._tree is None or not len(index):
             return
         self._largest = max(self._largest, highest)
-        cells = index.remainder(self._ring.cells)
+        cells = tensor_of(plain(index) % self._ring.cells)
         oldest = max(written for written, _ in self._counts.tolist()) - self._ring.rows  # of the rows that are there
-        if int(index.amin()) < oldest * self.lanes * self.writers:
+        if int(plain(index).min()) < oldest * self.lanes * self.writers:
             there = self._serial(cells) == index
             cells, priorities = cells[there], priorities[there]
         self._tree.change(cells, self._leaf(priorities))
 
     def _leaf(self, priority: Tensor) -> Tensor:
-        return priority.double().clamp(min=EPSILON) ** self.plan.alpha
+        return tensor_of(plain(priority.double()).clip(EPSILON) ** self.plan.alpha)
 
     def _uniform(self, count: int) -> Tensor:
         """Cells `[N]`, each that can be drawn as likely as any other."""
@@ -369,15 +369,12 @@ class ReplayBuffer:
 
     def _serial(self, cells: Tensor) -> Tensor:
         """A number that what is in a cell has for all time: its writer's row, counted from the first, · L + lane."""
-        ring = self._ring
-        if self.writers == 1:
-            laps, place = divmod(self._counts.tolist()[0][0] - 1, ring.rows)
-            behind = cells >= (place + 1) * self.lanes  # written a lap ago
-            return torch.add(cells + laps * ring.cells, behind, alpha=-ring.cells)
-        lane = cells.remainder(self.lanes * self.writers)
-        written = self._counts[:, 0].to(self.device).repeat_interleave(self.lanes).index_select(0, lane)
-        row = cells.div(self.lanes * self.writers, rounding_mode="floor")
-        return cells + (written - 1 - row).div_(ring.rows, rounding_mode="floor") * ring.cells
+        width = self.lanes * self.writers
+        newest: Any = self._counts.tolist()[0][0] * width - 1  # number that could be
+        if self.writers > 1:
+            written = self._counts[:, 0].to(self.device).repeat_interleave(self.lanes)
+            newest = plain(written.index_select(0, cells.remainder(width)) * width - 1)
+        return tensor_of(newest - (newest - plain(cells)) % self._ring.cells)
 
     # Saving.
 
@@ -497,7 +494,7 @@ def check_priorities(priorities: Tensor, valid: Tensor | None, shape: torch.Size
     judged = priorities if valid is None else torch.where(valid, priorities, 0.0)
     if not judged.numel():
         return 0.0
-    low, high = (float(edge) for edge in judged.aminmax())  # NaN if any is
+    low, high = float(plain(judged).min()), float(plain(judged).max())  # NaN if any is
     if not 0.0 <= low <= high < math.inf:
         place = (~((judged >= 0) & judged.isfinite())).nonzero()[0].tolist()
         raise ValueError(

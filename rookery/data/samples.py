@@ -100,7 +100,7 @@ class Transitions(Samples):
 
     def one_step(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same as `n_steps` for n = 1, in fewer reads."""
-        discount = self.ring.take(("terminated",), cells).logical_not() * self.plan.gamma
+        discount = torch.where(self.ring.take(("terminated",), cells), 0.0, self.plan.gamma)
         return self.ring.take(("reward",), cells), discount, self.ring.later(cells, 1)
 
     def n_steps(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
