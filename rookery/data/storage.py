@@ -21,14 +21,12 @@ Memory = Literal["ram", "shared"] | Path  # a path is the folder of memory-mappe
 Key = tuple[str, ...]  # a column's name, and below it the path into a structure
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]  # name, shape, dtype
 
-SMALL = (
-    4096  # bytes of a cell, of which NumPy reads some hundred in two thirds of torch's time; of more it saves nothing
-)
+SMALL = 4096  # bytes of a cell, up to which NumPy reads some hundred in two thirds of the time that torch takes
 
 
 def plain(tensor: Tensor) -> Any:
-    """What `+ - * %` take a third of the time with, where there are a few hundred numbers: on a CPU a view by NumPy."""
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+    """On a CPU a view by NumPy, whose operations on a few hundred numbers take a third of the time; else the tensor."""
+    return tensor.numpy() if tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16 else tensor
 
 
 def tensor_of(numbers: Any) -> Tensor:
@@ -149,8 +147,8 @@ class Ring:
 
     def _view(self, key: Key) -> None:
         flat = self._flat[key]
-        if flat.device.type == "cpu" and flat.dtype != torch.bfloat16 and flat[0].nbytes <= SMALL:
-            self._arrays[key] = flat.numpy()
+        if flat[0].nbytes <= SMALL and not isinstance(plain(flat), Tensor):
+            self._arrays[key] = plain(flat)
 
     def put(self, key: Key, writer: int, first: int, values: Tensor) -> None:
         """Store a writer's rows from row `first` on, `[T, B, ...]`, T ≤ C."""

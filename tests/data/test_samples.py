@@ -109,6 +109,18 @@ def test_new_rows_get_the_largest_priority_so_far() -> None:
     assert buffer._tree.leaves[0] == 1e-6, "not 0: it would never be seen again"
 
 
+def test_bf16_is_stored_read_and_drawn_by() -> None:
+    """NumPy, which reads for the CPU, has no such numbers."""
+    buffer = ReplayBuffer(plan(alpha=1.0), LANES)
+    obs = torch.arange(5.0).view(5, 1, 1).expand(5, LANES, 2).bfloat16()
+    buffer.insert(rows(4, obs=obs))
+    batch = buffer.sample(50)
+    assert torch.equal(batch["obs"][:, 0], (batch["index"] // LANES).bfloat16())
+    assert torch.equal(batch["next_obs"], batch["obs"] + 1)
+    buffer.prioritise(torch.arange(2), torch.tensor([7.0, 0.5], dtype=torch.bfloat16))
+    assert buffer._tree.leaves[:3].tolist() == [7.0, 0.5, 1.0]
+
+
 @pytest.mark.parametrize("writers", [1, 2])
 @pytest.mark.parametrize("inserted", range(6))
 def test_priorities_come_after_some_rows_are_overwritten(inserted: int, writers: int) -> None:
