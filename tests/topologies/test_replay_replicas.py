@@ -19,11 +19,11 @@ from rookery.train import Keeper
 
 RUN: dict[str, Any] = {"envs": 2, "unroll": 4, "steps": 600, "eval_every": 300, "eval_episodes": 2, "batch": 24}
 RUN |= {"updates_per_step": 0.25, "learning_starts": 50, "hidden": (16,), "sinks": (), "device": "cpu", "threads": 1}
-RUN |= {"quiet": True, "env_options": {"max_steps": 60}}
+RUN |= {"quiet": True, "env_options": {"max_steps": 60}, "compile": False}  # some recipes compile, for seconds
 # Systems without noise in their losses; with it, replicas draw their own.
 PLAIN: dict[str, dict[str, Any]] = {
     "dqn": {"alpha": 0.6, "double": True, "normalize_obs": True, "target_period": 10},
-    "c51": {"actors": 2},
+    "c51": {"actors": 2, "compile": True},  # takes some 20 s
     "qr_dqn": {"tau": 0.1, "target_period": 1},
     "ddpg": {"alpha": 0.5, "n_step": 3, "env": "tensor:Pendulum-v1"},
 }

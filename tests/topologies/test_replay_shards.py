@@ -28,6 +28,7 @@ from rookery.train import Keeper, saved_whole
 RUN: dict[str, Any] = {"envs": 2, "unroll": 4, "steps": 600, "eval_every": 300, "eval_episodes": 2, "batch": 24}
 RUN |= {"updates_per_step": 0.25, "learning_starts": 50, "hidden": (16,), "sinks": (), "device": "cpu", "threads": 1}
 RUN |= {"quiet": True, "env_options": {"max_steps": 60}, "actors": 2, "shards": 2}
+RUN |= {"compile": False}  # some recipes compile, for seconds
 SYSTEMS: dict[str, dict[str, Any]] = {
     "dqn": {"alpha": 0.6, "n_step": 3, "actors": 4},
     "c51": {"learners": 2, "actors": 3, "shards": 3},
