@@ -43,6 +43,7 @@ PACKAGES = (
     "numpy",
     "tensordict",
     "numba",
+    "torchrl",
     "gymnasium",
     "envpool",
     "stable-baselines3",
