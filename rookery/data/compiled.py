@@ -33,7 +33,7 @@ def compiled(function: Function) -> Function:
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
-    except RuntimeError:
+    except RuntimeError:  # there is no such folder
         return njit(**options)(function)
 
 
@@ -57,12 +57,13 @@ class CompiledSumTree(SumTree):
         return [level.view(-1).numpy() for level in (*self.levels, self.top)]
 
     def set(self, index: Tensor, value: Tensor) -> None:
-        self._put(index, value, -1.0)
+        self._write(index, value, -1.0)
 
     def change(self, index: Tensor, value: Tensor) -> None:
-        self._put(index, value, 0.0)
+        self._write(index, value, 0.0)
 
-    def _put(self, index: Tensor, value: Tensor, above: float) -> None:
+    def _write(self, index: Tensor, value: Tensor, above: float) -> None:
+        """Change those of the leaves that hold more than this, and the sums over them."""
         node = index.numpy().copy()
         _put(self._flat[0], node, value.numpy(), above)
         for level, sums in pairwise(self._flat):

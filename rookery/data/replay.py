@@ -494,7 +494,8 @@ def check_priorities(priorities: Tensor, valid: Tensor | None, shape: torch.Size
     judged = priorities if valid is None else torch.where(valid, priorities, 0.0)
     if not judged.numel():
         return 0.0
-    low, high = float(plain(judged).min()), float(plain(judged).max())  # NaN if any is
+    numbers = plain(judged)
+    low, high = float(numbers.min()), float(numbers.max())  # NaN if any is
     if not 0.0 <= low <= high < math.inf:
         place = (~((judged >= 0) & judged.isfinite())).nonzero()[0].tolist()
         raise ValueError(
