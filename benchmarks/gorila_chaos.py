@@ -126,23 +126,21 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
 
 def measured(rows: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
     """The numbers of the table."""
-    updates, reached, held, outliers = 0, None, True, {}
-    half = summary["steps"] / 2
-    late = [row["eval_return_mean"] for row in rows if row["role"] == "evaluator" and row["step"] > half]
+    updates, evaluations, outliers = 0, [], {}
     for row in rows:
         updates = row.get("updates", updates) if row["role"] == "shard" else updates
         if "outlier_dropped" in row:
             outliers[row["index"]] = row["outlier_dropped"]
         if row["role"] == "evaluator":
-            good = row["eval_return_mean"] >= GOAL
-            held = held and (good or reached is None)
-            reached = updates if good and reached is None else reached
+            evaluations.append((row["step"], updates, row["eval_return_mean"]))
+    since = [update for _, update, score in evaluations if score >= GOAL]
     stale = [row["stale_dropped"] for row in rows if "stale_dropped" in row]
     return {
         "score": summary["eval_return_mean"],
-        "late": statistics.mean(late),
-        "reached": reached,
-        "held": held and reached is not None,
+        "late": statistics.mean(score for step, _, score in evaluations if step > summary["steps"] / 2),
+        "reached": since[0] if since else None,
+        "held": bool(since) and all(score >= GOAL for _, update, score in evaluations if update >= since[0]),
+        "evaluations": evaluations,
         "updates": updates,
         "stale": stale[-1] if stale else 0,
         "outliers": sum(outliers.values()),
@@ -150,6 +148,29 @@ def measured(rows: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, A
         "lost": sum(row["dropped"] for row in rows if "restarted" in row),
         "seconds": summary["seconds"],
     }
+
+
+def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Returns over the server's updates, an arm a panel: each seed's, and their median."""
+    from rookery.runs.plots import figure_of, save
+
+    arms = list(dict.fromkeys(name.split(", ")[0] for name in found))
+    figure = figure_of(3.2 * len(arms), 3.2)
+    for place, arm in enumerate(arms):
+        axes = figure.add_subplot(1, len(arms), place + 1)
+        for which, colour in (("safe", "tab:blue"), ("bare", "tab:orange")):
+            curves = [list(zip(*run["evaluations"], strict=True)) for run in found.get(f"{arm}, {which}", [])]
+            for _, updates, scores in curves:
+                axes.plot(updates, scores, color=colour, alpha=0.25, linewidth=1)
+            updates, scores = (
+                [statistics.median(seeds) for seeds in zip(*(curve[axis] for curve in curves), strict=False)]
+                for axis in (1, 2)
+            )
+            axes.plot(updates, scores, color=colour, linewidth=2, label=which)
+        axes.axhline(GOAL, color="0.4", linestyle="--", linewidth=1)
+        axes.set(title=arm, xlabel="updates", ylim=(0, 510), ylabel="" if place else "return")
+    figure.axes[0].legend(loc="lower right")
+    save(figure, path)
 
 
 def main() -> None:
@@ -197,7 +218,8 @@ def main() -> None:
     head = ["arm", "safeguards", "return", "second half", "reached", "held", *COUNTS]
     text = [table(head, rows), NOTES, *told(failed)]
     result = {"steps": steps, "results": found, "failed": failed}
-    finish(args, "gorila_chaos", about, result, "Gorila under faults", *text)
+    path = finish(args, "gorila_chaos", about, result, "Gorila under faults", *text)
+    draw(found, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
