@@ -46,9 +46,12 @@ def rerun(
         run_dir: the folder of the new run; by default a new one under `runs/`.
 
     Raises:
-        ValueError: for a run that left no record (inline ones repeat by themselves, from their seed), or of hogwild.
+        ValueError: for `until` below 1; for a run that left no record (inline ones repeat by themselves, from their
+            seed), or of hogwild.
         Diverged: where something else happens than is written in the record.
     """
+    if until is not None and until < 1:
+        raise ValueError(f"until={until} is before the first update; use 1 or more, or leave it out.")
     run = load(path, algorithm=algorithm, env=env, network=network)
     config, records = run.config, pieces(run.path / ARRIVALS)
     if not records or records[0][0] > 0:

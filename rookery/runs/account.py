@@ -27,10 +27,10 @@ LIMITS = {"environment and inference": "environment", "learning": "learner"}
 LIMITS |= dict.fromkeys(("turns", "questions", "draws", "evaluation", KEEPER), "waiting")
 # By limit: what helps on the cores that there are, and what needs more of them.
 ADVICE = {
-    "environment": ("step more lanes at once (--envs)", "add actors (--runtime local --actors N)"),
+    "environment": ("step more lanes at once (--envs)", "add actors (--runtime local --actors N; A3C: --learners N)"),
     "inference": (
         "let more lanes share a forward pass (--envs), or compile it (--compile)",
-        "add actors (--runtime local --actors N)",
+        "add actors (--runtime local --actors N; A3C: --learners N)",
     ),
     "learner": (
         "compile the update (--compile), move it to a GPU (--device cuda), or make fewer and larger updates",
@@ -39,12 +39,12 @@ ADVICE = {
     "transfer": ("hand over more at a time: longer unrolls (--unroll) or more lanes (--envs)", ""),
     "waiting": (
         "do more between two waits: more lanes (--envs) or longer unrolls (--unroll)",
-        "add actors (--actors N)",
+        "add actors (--actors N; A3C: --learners N)",
     ),
     "turns": (
         "do more between two waits (--envs), or take a system whose actors do not wait for the newest weights (impala, "
         "appo)",
-        "add actors (--actors N)",
+        "add actors (--actors N; A3C: --learners N)",
     ),
     "questions": (
         "let half of the lanes step while actions are chosen for the others (--double-buffer), ask for more lanes at a "

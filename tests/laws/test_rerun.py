@@ -192,6 +192,8 @@ def test_another_run_is_noticed(tmp_path: Path) -> None:
 
 def test_inline_runs_have_no_record(tmp_path: Path) -> None:
     run = rookery.train("a2c", home("a2c"), run_dir=tmp_path / "run", quiet=True, **tiny("a2c"))
+    with pytest.raises(ValueError, match="until=0 is before the first update; use 1 or more"):
+        again(run, until=0)
     with pytest.raises(ValueError, match="has no record of who came when"):
         again(run)
 
