@@ -240,7 +240,7 @@ def test_ctrl_c_leaves_nothing(paced: Any, tmp_path: Path) -> None:
         ("ppo", {}),
         ("dqn", {**DQN, "learning_starts": 50_000, "capacity": 100_000, "steps": 100_000, "replay_memory": "disk"}),
         ("a3c", {}),
-        ("gorila", DQN),
+        ("gorila", {**DQN, "n_step": 3}),
     ],
 )
 def test_measuring_leaves_nothing(

@@ -375,7 +375,7 @@ def test_frozen_layers_stay(system: str, tmp_path: Path) -> None:
     """Target networks move without them, and an actor's critics may be fed by them."""
     env = "tensor:Pendulum-v1" if system == "sac" else CART
     more = LEARN if system == "ppo" else {"hidden": (8,), "learning_starts": 16, "batch": 8, "tau": 0.5}
-    more = more | ({"target_period": 2} if system in ("dqn", "gorila") else {})
+    more = more | ({"target_period": 2, "n_step": 3} if system in ("dqn", "gorila") else {})
     run = rookery.train(system, env, run_dir=tmp_path / "run", quiet=True, network=Thawing, **{**RUN, **more})
     checkpoints = [checkpoint.load(run.checkpoints.path(step)) for step in run.checkpoints.steps()]
     first, *_, last = (saved["run"]["roles"]["learner_0"]["net"] for saved in checkpoints)

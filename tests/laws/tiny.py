@@ -28,7 +28,8 @@ SMALL |= {"batch": 8, "capacity": 96, "learning_starts": 24, "updates_per_step":
 SMALL |= {"target_period": 3, "epsilon_steps": 50, "quantiles": 8}
 RUN = {"steps": 160, "envs": 4, "eval_episodes": 2, "log_every": 16, "eval_every": 48, "sinks": ()}
 RUN |= {"device": "cpu", "threads": 1, "compile": False}  # some recipes compile, for seconds
-FEW = {"a3c": {"learners": 2}, "gorila": {"actors": 2, "shards": 2}}  # in place of the preset's, or the recipe's
+# In place of the preset's, or the recipe's.
+FEW = {"a3c": {"learners": 2}, "gorila": {"actors": 2, "shards": 2, "n_step": 1}}
 
 
 def tiny(system: str, **settings: Any) -> dict[str, Any]:
