@@ -25,12 +25,13 @@ BOXES = 4  # roles of a kind that are shown one by one
 # What a limit is called, where it has another name than its cause.
 LIMITS = {"environment and inference": "environment", "learning": "learner"}
 LIMITS |= dict.fromkeys(("turns", "questions", "draws", "evaluation", KEEPER), "waiting")
+MORE_ACTORS = "add actors (--runtime local --actors N; A3C: --learners N)"
 # By limit: what helps on the cores that there are, and what needs more of them.
 ADVICE = {
-    "environment": ("step more lanes at once (--envs)", "add actors (--runtime local --actors N; A3C: --learners N)"),
+    "environment": ("step more lanes at once (--envs)", MORE_ACTORS),
     "inference": (
         "let more lanes share a forward pass (--envs), or compile it (--compile)",
-        "add actors (--runtime local --actors N; A3C: --learners N)",
+        MORE_ACTORS,
     ),
     "learner": (
         "compile the update (--compile), move it to a GPU (--device cuda), or make fewer and larger updates",
@@ -44,7 +45,7 @@ ADVICE = {
     "turns": (
         "do more between two waits (--envs), or take a system whose actors do not wait for the newest weights (impala, "
         "appo)",
-        "add actors (--actors N; A3C: --learners N)",
+        "add actors (--actors N)",
     ),
     "questions": (
         "let half of the lanes step while actions are chosen for the others (--double-buffer), ask for more lanes at a "
