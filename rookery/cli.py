@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
+import itertools
 import json
 import os
 import re
@@ -383,7 +386,25 @@ def _parse(kind: type[Any], verb: str, words: list[str]) -> Any:
     import tyro
 
     config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
-    return tyro.cli(kind, args=words, prog=f"rookery {verb}", description=inspect.getdoc(kind), config=config)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=words, prog=f"rookery {verb}", description=inspect.getdoc(kind), config=config)
+    except SystemExit as refusal:
+        if not refusal.code:  # --help
+            raise
+        raise ValueError(f"{_sentence(said.getvalue())}. `rookery {verb} --help` says more.") from None
+
+
+def _sentence(box: str) -> str:
+    """What the parser has to say, without its frame, and the title and hints that rules part from it."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    rules = itertools.groupby(lines, lambda line: bool(line) and set(line) <= {"─", "-"})
+    parts = [" ".join(part) for is_rule, part in rules if not is_rule]
+    text = parts[0 if box.startswith("╭") or len(parts) == 1 else 1]
+    text = re.sub(r"^Error parsing (--\S+:)?(\w+: )?", r"\1", text)
+    text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", text)
+    return re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", text).strip(" .")
 
 
 def _named(verb: str, words: list[str]) -> list[str]:

@@ -43,6 +43,7 @@ SAVED: dict[str, Any] = {
 
 # Options that a topology is wired by.
 LAYOUT = ("actors", "learners", "shards", "max_delay", "outliers", "inference", "double_buffer")
+FEW = 6  # systems that are named one by one
 
 
 @dataclass(frozen=True)
@@ -326,13 +327,15 @@ def layout(system: System, algorithm: Algorithm, options: Options) -> dict[str, 
     Raises:
         Refused: if it has no use for one that is set, or they do not fit the algorithm.
     """
+    takes = [name for name in LAYOUT if name in system.takes]
     for each in dataclasses.fields(Options):
         value = getattr(options, each.name)
-        if each.name in LAYOUT and each.name not in system.takes and value != each.default:
-            others = ", ".join(other.name for other in SYSTEMS.values() if each.name in other.takes)
-            where = f", or use one of {others}" if others else ""
-            runs = f"{system.name} runs as {system.topology}, which does not take that"
-            raise Refused(f"{each.name}={value}: {runs}; leave it out{where}.")
+        if each.name in LAYOUT and each.name not in takes and value != each.default:
+            others = {other.name: other.topology for other in SYSTEMS.values() if each.name in other.takes}
+            kinds = f"a system that runs as {' or '.join(sorted(set(others.values())))} (`rookery list systems`)"
+            where = f"one of {', '.join(others)}" if len(others) <= FEW else kinds
+            runs = f"{system.name} runs as {system.topology}, which takes {', '.join(takes)} instead"
+            raise Refused(f"{each.name}={value}: {runs}; leave it out, or use {where}.")
     plan = algorithm.plan
     if isinstance(plan, ReplayPlan):
         joins = plan.ahead > 0 and hasattr(system.module, "actor")
@@ -343,7 +346,7 @@ def layout(system: System, algorithm: Algorithm, options: Options) -> dict[str, 
             f"min_actors={options.min_actors}: {system.name} waits for each of its actors, and would not begin; leave "
             "it out, or use a system whose actors run ahead, such as impala or apex."
         )
-    numbers = {name: getattr(options, name) for name in LAYOUT if name in system.takes}
+    numbers = {name: getattr(options, name) for name in takes}
     if hasattr(system.module, "check"):
         system.module.check(algorithm, options.envs, **numbers)
     return numbers

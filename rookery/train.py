@@ -126,6 +126,9 @@ def resume(
 
     On environments that can save their state the result is the same, bit for bit, as if it had never stopped; on
     others episodes begin anew. An own algorithm, environment or network is code, which no run folder holds: hand it in.
+
+    Raises:
+        ValueError: for a budget below that of the run, and below what it has done.
     """
     leave_if_imported()
     if is_url(path):
@@ -134,6 +137,9 @@ def resume(
     if (now := type(run.algorithm).__name__) != (before := run.config["algorithm"]["class"]):
         log.warning("%s was trained with %s, and goes on with %s", run.path, before, now)
     options, saved = run._make_env.options, saved_whole(run)
+    if steps is not None and steps < min(options.steps, saved["steps"]):
+        more = f"use more, or leave it out to go on to {options.steps:,}"
+        raise ValueError(f"steps={steps}: {run.path} has done {saved['steps']:,} already; {more}.")
     over = (run.path / "summary.json").exists() and not run.summary["interrupted"]
     if over and saved["steps"] >= (steps or options.steps):
         log.warning("%s is over, at step %s; ask for more than that to go on", run.path, f"{saved['steps']:,}")
@@ -273,6 +279,7 @@ class Keeper:
         self.reached = False  # whether the last evaluation was as good as `stop_at`
         self.measured: Callable[[], dict[str, Any]] = dict  # the runtime's
         self._measured: dict[str, Any] = {}  # the last that were written
+        self._first: tuple[int, dict[str, Any]] | None = None  # steps when they first grew, and what was measured then
         self._wrote = (time.monotonic(), self.step)  # and when that was
         self._seconds = 0.0 if saved is None else saved["seconds"]
         self._anew = 0 if saved is None else saved.get("episodes_restarted", 0) + (not run._make_net.spec.saves_state)
@@ -351,6 +358,8 @@ class Keeper:
 
     def between(self, steps: int, snapshot: Callable[[], dict[str, Any]]) -> bool:
         """After each round: whether to stop; with each evaluation a checkpoint."""
+        if self._first is None and steps > self.step:
+            self._first = (steps, self.measured())
         self.step = steps
         now, (then, before) = time.monotonic(), self._wrote
         if now - then > SOON and (now - then > LATE or crosses(before, steps, self.options.log_every)):
@@ -360,13 +369,19 @@ class Keeper:
         return self.reached or self.signal is not None
 
     def measure(self) -> dict[str, Any]:
-        """Write down what the runtime measured since the last time; gives what it measured altogether."""
+        """Write down what the runtime measured since the last time; gives what it measured since the first update.
+
+        Before that roles are built, compile, and wait for each other to be there.
+        """
         measured, self._wrote = self.measured(), (time.monotonic(), self.step)
         if measured["seconds"]:  # else processes are being started
             found = account(since(measured, self._measured))
             self.write(RUNTIME, 0, self.step, {**flat(found), "measured": condensed(found)})
             self._measured = measured
-        return account(measured)
+        whole = account(measured)
+        if self._first is None or self._first[0] == self.step:
+            return whole
+        return {**account(since(measured, self._first[1])), **{name: whole[name] for name in ("restarts", "dropped")}}
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a checkpoint, scored by its evaluation; in processes that comes later.

@@ -79,7 +79,7 @@ def test_a_run_is_measured(system: str, more: dict[str, Any], tmp_path: Path) ->
     learn = {**LEARN, **more} if system == "ppo" else {"hidden": (8,), **more}
     known = {field.name for field in dataclasses.fields(rookery.SYSTEMS[system].algorithm_class())}
     known |= {field.name for field in dataclasses.fields(rookery.Options)}
-    settings = {**RUN, **{name: value for name, value in learn.items() if name in known}}
+    settings = {**RUN, "steps": 480, **{name: value for name, value in learn.items() if name in known}}
     run = rookery.train(system, CART, run_dir=tmp_path / "run", quiet=True, **settings)
     summary, words = run.summary, {"ppo": "unrolls", "impala": "unrolls", "dqn": "replay"}
     roles = [*(f"actor {index}" for index in range(more.get("actors", 1))), "learner 0", "evaluator 0", "keeper"]
@@ -113,6 +113,13 @@ def test_a_run_is_measured(system: str, more: dict[str, Any], tmp_path: Path) ->
     *_, row = (row for row in rows_of(run) if row["role"] == "runtime")
     assert {"actor_busy", "learner_busy", "actor_steps_per_second", "restarts", "dropped"} <= set(row)
     assert list(row["measured"]["roles"]) == roles
+
+
+def test_the_summary_measures_from_the_first_update_on(tmp_path: Path) -> None:
+    """Building environments is no work of a run, or short ones would be told of nothing else."""
+    run = train(tmp_path / "run", LateCoin, steps=2_000, unroll=16)
+    assert run.summary["roles"]["actor 0"]["transfer"] < 0.5
+    assert run.summary["bottleneck"]["limit"] != "transfer"
 
 
 def test_rows_of_the_runtime_come_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +255,14 @@ class Coin(gymnasium.Env):
             if self.fault == "shape":
                 obs = obs[:1]
         return obs, reward, self.count == 10, False, {}
+
+
+class LateCoin(Coin):
+    """It takes its time to be made."""
+
+    def __init__(self) -> None:
+        time.sleep(0.5)
+        super().__init__()
 
 
 @pytest.mark.parametrize("env", [Coin, lambda: Coin(), Coin()], ids=["class", "function", "object"])

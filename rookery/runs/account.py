@@ -16,6 +16,7 @@ Measured = Mapping[str, Any]
 Account = dict[str, Any]
 
 KEEPER, EVALUATOR = "keeper", "evaluator"
+MEMORY = "memory"  # the word of those who act and learn in shared memory, so that there are no actors to add
 BUSY = 0.75  # share of a role's time from which on it is the one that others wait for
 FULL = 0.9  # share of what the cores can do, or the keeper, from which on there is no more to be had
 STARVED = 0.5  # share of its work, below which a role's time on a processor is worth a word
@@ -25,7 +26,7 @@ BOXES = 4  # roles of a kind that are shown one by one
 # What a limit is called, where it has another name than its cause.
 LIMITS = {"environment and inference": "environment", "learning": "learner"}
 LIMITS |= dict.fromkeys(("turns", "questions", "draws", "evaluation", KEEPER), "waiting")
-MORE_ACTORS = "add actors (--runtime local --actors N; A3C: --learners N)"
+MORE_ACTORS = "add actors (--runtime local --actors N)"
 # By limit: what helps on the cores that there are, and what needs more of them.
 ADVICE = {
     "environment": ("step more lanes at once (--envs)", MORE_ACTORS),
@@ -40,7 +41,7 @@ ADVICE = {
     "transfer": ("hand over more at a time: longer unrolls (--unroll) or more lanes (--envs)", ""),
     "waiting": (
         "do more between two waits: more lanes (--envs) or longer unrolls (--unroll)",
-        "add actors (--actors N; A3C: --learners N)",
+        "add actors (--actors N)",
     ),
     "turns": (
         "do more between two waits (--envs), or take a system whose actors do not wait for the newest weights (impala, "
@@ -142,6 +143,8 @@ def _word(word: Measured) -> dict[str, Any]:
         found["samples_per_insert"] = level["samples"] / level["inserts"]
     if "units" in word:
         found["units"] = word["units"]
+    if word["undone"]:
+        found |= {"undone": word["undone"], "undone_steps": word["undone_steps"]}
     return found
 
 
@@ -221,10 +224,13 @@ def bottleneck(found: Account) -> dict[str, str]:
     kinds = {name: word["kind"] for name, word in found["words"].items()}
     cause, because, role = _in_turn(roles) if found["processes"] == 1 else _side_by_side(roles, kinds)
     cheap, dear = ADVICE[cause if cause in ADVICE else LIMITS[cause]]
-    full = found["processes"] > 1 and found["cores_busy"] > FULL * found["cores"]
-    if full:
-        because += f"; all {found['cores']} cores are in use"
+    if MEMORY in found["words"]:
+        dear = dear.replace("add actors", "add workers").replace("--actors", "--learners")
+    if found["processes"] > 1 and found["cores_busy"] > FULL * found["cores"]:
+        because += f"; all {found['cores']} cores are in use" if found["cores"] > 1 else "; the only core is in use"
         dear = dear and f"with more cores, {dear}"
+    elif not role:
+        because += _held_up(*(each for kind, each in roles.items() if kind not in (KEEPER, EVALUATOR)))
     change = "; ".join(filter(None, (cheap, dear)))
     texts = {"because": because, "change": change}
     sentences = {name: f"{text[0].upper()}{text[1:]}." for name, text in texts.items()}
@@ -267,10 +273,18 @@ def _side_by_side(roles: Mapping[str, Any], kinds: Mapping[str, str]) -> tuple[s
     figures = ", ".join(
         f"{name} {work[name]:.0%}" for name in sorted(work, key=lambda each: -work[each]) if work[name] >= 0.05
     )
-    if role.get("processor", 1.0) < STARVED * role["busy"]:
-        figures += f"; {role['processor']:.0%} on a processor, the rest held up by something outside or other programs"
+    figures += _held_up(role)
     others = _waits({kind: role for kind, role in players.items() if kind != most})
     return cause, f"{most} is busy {role['busy']:.0%} ({figures})" + (f", {others}" if others else ""), most
+
+
+def _held_up(*roles: Mapping[str, Any]) -> str:
+    """What is to be said of roles that are on a processor for too little of their work."""
+    busy, processor = (sum(role.get(name, 0.0) for role in roles) / len(roles) for name in ("busy", "processor"))
+    told = all("processor" in role for role in roles)
+    if not told or processor >= STARVED * busy:
+        return ""
+    return f"; {processor:.0%} on a processor, the rest held up by something outside or other programs"
 
 
 def _work(role: Mapping[str, Any]) -> dict[str, float]:

@@ -43,6 +43,7 @@ class Watched:
         self.ended = False
         self.restarts: Counter[str] = Counter()  # by role
         self.dropped: Counter[str] = Counter()  # units by reason
+        self.undone: Counter[str] = Counter()  # versions by word
         self.reason = ""  # of the last restart
         self.places: dict[str, str | None] = {}  # of roles on a cluster, the host
         self._first: Mapping[str, Any] | None = None  # row
@@ -56,7 +57,7 @@ class Watched:
         """Take in what is new. Raises RunFolderError and MetricsError if the folder is damaged."""
         rows = self._tail.rows()
         if rows and rows[0] == self._first:  # the log was cut back, and comes anew
-            for counted in (self.restarts, self.dropped, self._returns):
+            for counted in (self.restarts, self.dropped, self.undone, self._returns):
                 counted.clear()
         self._first = self._first or next(iter(rows), None)
         self.step = max((row["step"] for row in rows), default=self.step)
@@ -88,13 +89,15 @@ class Watched:
         if "restarted" in row:
             self.restarts[row["restarted"]] += 1
             self.reason = f"{row['restarted']}, {row['reason']}" if "reason" in row else ""
+        if "fell_back" in row:
+            self.undone[row["word"]] += row["undone"]
         if "measured" in row:
             self.found = row["measured"]
             self.dropped.update(row["measured"].get("dropped", {}))
 
     def deaths(self) -> list[str]:
-        """Which roles were started again, how often and why, and how many units were dropped for what."""
-        named = (("restarted", self.restarts), ("dropped", self.dropped))
+        """Which roles were started again, how often and why; units dropped, by reason; versions undone, by word."""
+        named = (("restarted", self.restarts), ("dropped", self.dropped), ("undone", self.undone))
         lines = [f"{what}: " + ", ".join(f"{of} {n:,}" for of, n in counts.items()) for what, counts in named if counts]
         return [*lines, *([f"the last: {self.reason}"] if self.reason else [])]
 

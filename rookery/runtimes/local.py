@@ -115,6 +115,13 @@ class Local:
             self._send(member, "box", box.number, box.value)
         return box.number
 
+    def fell_back(self, member: Member, word: str, versions: int, steps: int) -> None:
+        """A member has begun again after a death, so many versions before the newest that it had published."""
+        plural = "s" if versions > 1 else ""
+        log.warning("%s goes on from %s version%s of %s earlier.", member.name, f"{versions:,}", plural, word)
+        row = {"fell_back": member.name, "word": word, "undone": versions, "undone_steps": steps}
+        self.report("runtime", member.spec.index, self.steps, row)
+
     # Measuring.
 
     def measured(self) -> dict[str, Any]:

@@ -33,6 +33,9 @@ class Lender(Protocol):
     def show(self, member: Member, box: Box) -> int:
         """The same, to be read."""
 
+    def fell_back(self, member: Member, word: str, versions: int, steps: int) -> None:
+        """A member has begun again after a death, so many versions before the newest that it had published."""
+
 
 class Box:
     """A box, and which members have heard of it."""
@@ -173,9 +176,17 @@ class LocalWeights(InlineWeights):
         if id(member) in self._anew:
             self._anew.remove(id(member))
             self._turning = self._newest is not None
+            self._fall_back(member, version, steps)
         elif self._turning:
             self._turn()
         self.publish(version, member.filling.pop(number)[1], steps)
+
+    def _fall_back(self, member: Member, version: int, steps: int) -> None:
+        newest = self._newest
+        if newest is not None and newest.version > version:
+            undone = newest.version - version, newest.steps - steps
+            self.meter.falls_back(*undone)
+            self.runtime.fell_back(member, self.name, *undone)
 
     async def ask_newer_than(self, member: Member, version: int, steps: int) -> tuple[int, int, int]:
         def ready() -> bool:

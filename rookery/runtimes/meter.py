@@ -88,6 +88,7 @@ class WordMeter:
         self._taken: Counter[str] = Counter()
         self._sizes: dict[str, float] = {}  # bytes of a unit that is given, or taken, as of the first
         self._begun = self._lost = self._back = 0  # units: lent to be filled, never given, taken and given back
+        self._undone = {"undone": 0, "undone_steps": 0}  # versions, by their publisher's death
         self._asked = 0  # bytes of all that was asked of somebody: no two questions need be of one size
         self._looks, self._filled = 0, 0.0
         self._versions: dict[str, int] = {}
@@ -99,6 +100,11 @@ class WordMeter:
     def reclaims(self, lost: int, back: int) -> None:
         """Of a role that died: what it had not filled is lost, what it read is there again."""
         self._lost, self._back = self._lost + lost, self._back + back
+
+    def falls_back(self, versions: int, steps: int) -> None:
+        """Who published began again after a death: so many versions, which so many steps led to, are undone."""
+        self._undone["undone"] += versions
+        self._undone["undone_steps"] += steps
 
     def gives(self, units: int, value: Any = None) -> None:
         """The role whose turn it is gives so many units, which are in `value`."""
@@ -132,7 +138,7 @@ class WordMeter:
         counts = {"given": dict(self._given), "taken": dict(self._taken), "looks": self._looks, "filled": self._filled}
         given = self._sizes.get("given", self._asked / max(1, self._given.total()))
         sizes = {"given_bytes": given, "taken_bytes": self._sizes.get("taken", given)}  # of a unit
-        return {"kind": self.kind, **sizes, **counts, **self._units(level), "level": level}
+        return {"kind": self.kind, **sizes, **counts, **self._undone, **self._units(level), "level": level}
 
     def _units(self, level: dict[str, float]) -> dict[str, Any]:
         """What became of the units of a queue: those begun are the sum of the others."""

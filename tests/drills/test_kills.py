@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import multiprocessing
 import os
@@ -85,7 +86,7 @@ class Killer:
 
     def hear(self, role: str, index: int, step: int, values: dict[str, Any]) -> None:
         """A row of metrics."""
-        if role == "runtime":
+        if "restarted" in values:
             self.replaced.append(values["restarted"])
             self.next = step + self.gap
         if role in ("runtime", "watcher"):
@@ -147,9 +148,14 @@ def test_every_role_may_die(seed: int) -> None:
     rows, state, local = run(mortals.in_step(2, until=FOREVER), killer)
     killer.check()
     assert local.restarts == 12
-    deaths = [row[3] for row in rows if row[0] == "runtime"]
+    deaths = [row[3] for row in rows if "restarted" in row[3]]
     assert sum(death["dropped"] for death in deaths) == local.dropped
     assert {death["reason"] for death in deaths} == {"its process ended (signal 9)"}
+    weights, lives = local.measured()["words"]["weights"], 1 + killer.killed.count("learner 0")
+    published = weights["given"]["learner 0"] - lives  # each life begins by what it goes on from
+    assert state["steps"] + weights["undone_steps"] == 6 * published, "a lesson that was published is learnt or undone"
+    assert 6 * weights["undone"] == weights["undone_steps"]
+    assert sum(row[3].get("undone", 0) for row in rows) == weights["undone"]
     units = local.measured()["words"]["queue"]["units"]
     assert units["begun"] == units["taken"] + units["lost"] + units["unfinished"] + units["untaken"]
     assert 0 <= units["lost"] <= local.dropped
@@ -513,7 +519,12 @@ def test_gorila_outlives_its_bundles_and_shards(deaths: Any, tmp_path: Path) -> 
     assert found.summary["steps"] == roles["shard_0"]["counts"]["steps"] >= 4_000
     assert min(roles[f"shard_{index}"]["counts"]["version"] for index in range(2)) > 100
     assert all(torch.isfinite(each).all() for each in roles["learner_0"]["net"].values())
-    assert (found.path / "metrics.jsonl").read_text().count('"restarted"') == 10
+    rows = [json.loads(line) for line in (found.path / "metrics.jsonl").read_text().splitlines()]
+    assert sum("restarted" in row for row in rows) == 10
+    for index in range(2):
+        counted = [row["undone"] for row in rows if row.get("word") == f"parameters_{index}"]
+        assert len(counted) <= 2, "of two deaths"
+        assert sum(counted) == found.summary["words"][f"parameters_{index}"].get("undone", 0)
 
 
 def test_what_workers_share_outlives_them(deaths: Any, tmp_path: Path) -> None:

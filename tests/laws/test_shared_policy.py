@@ -246,8 +246,8 @@ def test_exploration_is_each_lanes_own() -> None:
         ("ppo", {"double_buffer": True}, "chooses its own actions has nothing to wait for"),
         ("dqn", {"double_buffer": True}, "chooses its own actions has nothing to wait for"),
         ("ppo", {**BUFFERED, "envs": 3}, "an actor's 3 lanes at a time; use an even number"),
-        ("a3c", SHARED, "inference=shared: a3c runs as hogwild, which does not take that"),
-        ("gorila", SHARED, "inference=shared: gorila runs as parameter_server, which does not take that"),
+        ("a3c", SHARED, "inference=shared: a3c runs as hogwild, which takes learners instead"),
+        ("gorila", SHARED, "inference=shared: gorila runs as parameter_server, which takes actors, shards"),
     ],
 )
 def test_refusals(system: str, more: dict[str, Any], sentence: str, tmp_path: Path) -> None:

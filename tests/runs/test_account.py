@@ -19,7 +19,7 @@ def role(work: float = 0.0, steps: int = 0, cpu: float = 0.0, **parts: float) ->
 
 
 def word(kind: str, given: dict[str, int], taken: dict[str, int], **more: Any) -> dict[str, Any]:
-    counts = {"looks": 0, "filled": 0.0, "level": {}, "given_bytes": 0.0, "taken_bytes": 0.0}
+    counts = {"looks": 0, "filled": 0.0, "level": {}, "given_bytes": 0.0, "taken_bytes": 0.0, "undone": 0}
     return {"kind": kind, "given": given, "taken": taken, **counts, **more}
 
 
@@ -245,7 +245,24 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, str]] = {
         {"cores": 1},
         "environment",
         "actor",
-        "all 1 cores are in use|with more cores, add actors",
+        "the only core is in use|with more cores, add actors",
+    ),
+    "other programs hold up all": (
+        {
+            "learner 0": role(6.0, cpu=1.0, learning=6.0, wait_gradients=4.0),
+            "shard 0": role(3.0, cpu=1.0, wait_gradients=7.0),
+        },
+        {},
+        "waiting",
+        "",
+        "Nobody is busy (learner 60%, shard 30%)|10% on a processor, the rest held up",
+    ),
+    "workers in shared memory": (
+        {f"learner {index}": role(10.0, environment=9.0) for index in range(2)},
+        {"words": {"memory": word("weights", {}, {})}},
+        "environment",
+        "learner",
+        "; add workers (--runtime local --learners N).",
     ),
     "workers that do both": (
         {f"learner {index}": role(10.0, environment=2.0, inference=2.0, learning=5.0) for index in range(2)},

@@ -145,14 +145,22 @@ def test_deaths_are_of_the_whole_run(tmp_path: Path) -> None:
     for step in (20, 30):
         died = {"restarted": "learner 0", "dropped": 1, "reason": "it raised ValueError: no (roles.py, line 3)"}
         log.append({"step": step, "role": "runtime", "index": 0, **died})
+        log.append(
+            {"step": step, "role": "runtime", "index": 0, "fell_back": "learner 0", "word": "weights", "undone": 9}
+        )
         log.append({"step": step, "role": "runtime", "index": 0, "measured": {**replay(), "dropped": {"died": 1}}})
         watched.look()
-    said = ["dropped: died 3, stale 7", "the last: learner 0, it raised ValueError: no (roles.py, line 3)"]
+    said = [
+        "dropped: died 3, stale 7",
+        "undone: weights 18",
+        "the last: learner 0, it raised ValueError: no (roles.py, line 3)",
+    ]
     assert watched.deaths() == ["restarted: actor 0 1, learner 0 2", *said]
     assert all(line in frame(run) for line in watched.deaths())
     log.truncate_after(20)
     watched.look()
-    assert watched.deaths()[:2] == ["restarted: actor 0 1, learner 0 1", "dropped: died 2, stale 7"]
+    said = ["restarted: actor 0 1, learner 0 1", "dropped: died 2, stale 7", "undone: weights 9"]
+    assert watched.deaths()[:3] == said
 
 
 def test_roles_are_shown_with_their_hosts(tmp_path: Path) -> None:

@@ -202,7 +202,11 @@ def test_a_few_updates_learn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("system", "settings", "sentence"),
     [
-        ("a3c", {"actors": 2}, r"^actors=2: a3c runs as hogwild, which does not take that; .* one of ppo, .*\.$"),
+        (
+            "a3c",
+            {"actors": 2},
+            r"^actors=2: a3c runs as hogwild, which takes learners instead; .* that runs as actors_learner or .*\.$",
+        ),
         (
             "dqn_hogwild",
             {"learning_starts": 100},
