@@ -21,7 +21,7 @@ BUSY = 0.75  # share of a role's time from which on it is the one that others wa
 FULL = 0.9  # share of what the cores can do, or the keeper, from which on there is no more to be had
 STARVED = 0.5  # share of its work, below which a role's time on a processor is worth a word
 OWN = ("processor", "steps_per_second")  # of a role's numbers, those that are no shares of its time by activity
-BOXES = 4  # roles of a kind that are shown one by one
+BOXES, FLOWS = 4, 8  # of a kind: roles that are shown one by one, if that makes no more flows than so many
 
 # What a limit is called, where it has another name than its cause.
 LIMITS = {"environment and inference": "environment", "learning": "learner"}
@@ -156,15 +156,17 @@ def _flows(word: str, values: Measured) -> list[tuple[str, str, int, float]]:
 def condensed(found: Account) -> Account:
     """The same with many roles of a kind as one, `actor × 16`: its shares are their means, its rates their sums."""
     kinds = _by_kind(found["roles"])
+    ends = [kind_of(flow[end]) for flow in found["flows"] for end in ("from", "to") if flow[end] in found["roles"]]
+    many = {kind for kind, members in kinds.items() if len(members) > BOXES or ends.count(kind) > FLOWS}
     names = {
-        role: f"{kind} × {len(members)}" if len(members) > BOXES else role
+        role: f"{kind} × {len(members)}" if kind in many and len(members) > 1 else role
         for kind, members in kinds.items()
         for role in members
     }
     flows: dict[tuple[str, str], dict[str, Any]] = {}
     for flow in found["flows"]:
-        ends = tuple(names.get(flow[end], flow[end]) for end in ("from", "to"))
-        sums = flows.setdefault(ends, {"from": ends[0], "to": ends[1], "per_second": 0.0, "bytes_per_second": 0.0})
+        pair = tuple(names.get(flow[end], flow[end]) for end in ("from", "to"))
+        sums = flows.setdefault(pair, {"from": pair[0], "to": pair[1], "per_second": 0.0, "bytes_per_second": 0.0})
         for rate in ("per_second", "bytes_per_second"):
             sums[rate] += flow[rate]
     boxes: dict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -114,6 +114,15 @@ def test_many_of_a_kind_are_one_box() -> None:
     assert condensed(few) == few
 
 
+def test_few_roles_with_many_flows_are_one_too() -> None:
+    bundles, words = [f"learner {index}" for index in range(3)], [f"gradients_{index}" for index in range(3)]
+    whole = measured(dict.fromkeys([*bundles, "shard 0"], LEARNER))
+    whole["words"] = {name: word("queue", dict.fromkeys(bundles, 10), {"shard 0": 30}) for name in words}
+    assert list(condensed(account(whole))["roles"]) == ["learner × 3", "shard 0", "keeper"]
+    del whole["words"][words[0]]
+    assert list(condensed(account(whole))["roles"]) == [*bundles, "shard 0", "keeper"]
+
+
 def test_flat_names() -> None:
     found = flat(
         account(measured({"actor 0": ACTOR, "actor 1": role(2.0, 100, wait_unrolls=8.0), "learner 0": LEARNER}))
