@@ -138,8 +138,8 @@ def resume(
         log.warning("%s was trained with %s, and goes on with %s", run.path, before, now)
     options, saved = run._make_env.options, saved_whole(run)
     if steps is not None and steps < min(options.steps, saved["steps"]):
-        more = f"use more, or leave it out to go on to {options.steps:,}"
-        raise ValueError(f"steps={steps}: {run.path} has done {saved['steps']:,} already; {more}.")
+        done = f"has done {saved['steps']:,} of {options.steps:,} already"
+        raise ValueError(f"steps={steps}: {run.path} {done}; use more, or leave it out.")
     over = (run.path / "summary.json").exists() and not run.summary["interrupted"]
     if over and saved["steps"] >= (steps or options.steps):
         log.warning("%s is over, at step %s; ask for more than that to go on", run.path, f"{saved['steps']:,}")

@@ -112,7 +112,7 @@ def test_resume(say: Any, trained: list[Path], tmp_path: Path) -> None:
     assert "evaluation" in said.out
     wrong = refused(say("resume", path, "--steps", 96))
     assert "steps=96: " in wrong
-    assert " already; use more, or leave it out to go on to 128." in wrong
+    assert " of 128 already; use more, or leave it out." in wrong
     assert json.loads((path / "config.json").read_text())["options"]["steps"] == 128
 
 

@@ -221,6 +221,33 @@ def test_appo_is_ppo_on_its_own_data(env: str, memory: Any) -> None:
         torch.testing.assert_close(ours[name][valid], theirs[name][valid], rtol=1e-4, atol=1e-4)
 
 
+class TwoPasses(PPO):
+    """Works out V-trace before the loss, as where a batch is for several updates."""
+
+    once = False
+
+
+@pytest.mark.parametrize("memory", ["none", "lstm"])
+@pytest.mark.parametrize("env", ENVS)
+def test_one_pass_for_vtrace_and_loss_is_two(env: str, memory: Any) -> None:
+    how = {**SMALL, "epochs": 1, "minibatches": 1, "memory": memory, "memory_size": 8, "vtrace": True}
+    one, two = PPO(**how), TwoPasses(**how)
+    net, unroll = collected(one, env)
+    with torch.no_grad():  # newer than what acted
+        for parameter in net.parameters():
+            parameter.mul_(1.3)
+    assert "advantage" not in prepared(one, net, unroll)
+    (ours, own), (theirs, own_too) = (
+        (each.loss(net, None, batch, NOW).metrics, gradient(each, net, batch))
+        for each in (one, two)
+        for batch in [prepared(each, net, unroll)]
+    )
+    torch.testing.assert_close(own, own_too, rtol=1e-4, atol=1e-6)
+    assert ours["approx_kl"] > 0
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 # Rows that no action was applied in
 
 

@@ -57,8 +57,13 @@ class PPO(Algorithm):
     normalize_reward: bool = False  # by the running deviation of the discounted return
 
     @property
+    def once(self) -> bool:
+        """Whether a batch is for one update, so that the pass for V-trace can be that of the loss."""
+        return self.vtrace and self.epochs == self.minibatches == 1
+
+    @property
     def plan(self) -> OnPolicy:
-        sequences = self.memory != "none"
+        sequences = self.memory != "none" or self.once
         count = int(self.vtrace)
         return OnPolicy(self.unroll, self.epochs, self.minibatches, sequences, self.vtrace, count)
 
@@ -80,29 +85,42 @@ class PPO(Algorithm):
         return Acted(action, {"log_prob": policy.log_prob(action), "value": value}, state)
 
     def prepare(self, net: ActorCritic, unroll: Batch) -> Batch:
-        value, reward = unroll["value"], net.scaled_reward(unroll)
-        terminated, truncated = unroll["terminated"][:-1], unroll["truncated"][:-1]
-        ended = terminated | truncated
+        given = {name: unroll[name][:-1] for name in ("log_prob", "terminated", "truncated", "valid")}
+        given["reward"] = net.scaled_reward(unroll)
+        if self.once:
+            rows = {name: unroll[name] for name in ("obs", "start", "state")}
+            return {**given, **rows, "action": with_last(unroll["action"])}
+        value, terminated, ended = unroll["value"], given["terminated"], given["terminated"] | given["truncated"]
         kept = {name: unroll[name][:-1] for name in ("obs", "action", "log_prob", "value", "valid", "start")}
         kept["state"] = unroll["state"]
         if self.vtrace:
             (policy, value), _ = net(unroll["obs"], unroll["state"], unroll["start"])
-            log_rho = policy.log_prob(with_last(unroll["action"]))[:-1] - kept["log_prob"]
-            now = (value[:-1], value[1:], terminated, ended, self.gamma)
-            target, advantage = vtrace(log_rho, reward, *now, Limits(self.lam))
-            return {**kept, "value": value[:-1], "advantage": advantage, "target": target}
-        advantage = gae(reward, value[:-1], value[1:], terminated, ended, self.gamma, self.lam)
+            log_prob = policy.log_prob(with_last(unroll["action"]))
+            return {**kept, "value": value[:-1], **self._corrected(given, log_prob, value)}
+        advantage = gae(given["reward"], value[:-1], value[1:], terminated, ended, self.gamma, self.lam)
         return {**kept, "advantage": advantage, "target": advantage + value[:-1]}
+
+    def _corrected(self, given: Batch, log_prob: Tensor, value: Tensor) -> Batch:
+        """V-trace's advantages and targets of T rows by what the newest network says of T + 1."""
+        terminated, log_rho = given["terminated"], log_prob[:-1] - given["log_prob"]
+        now = (value[:-1], value[1:], terminated, terminated | given["truncated"], self.gamma)
+        target, advantage = vtrace(log_rho, given["reward"], *now, Limits(self.lam))
+        return {"advantage": advantage, "target": target}
 
     def loss(self, net: ActorCritic, target: None, batch: Batch, now: Now) -> Loss:
         valid, clip = batch["valid"], self.clip * now.remaining if self.anneal else self.clip
         (policy, value), _ = net(batch["obs"], batch["state"], batch["start"])
+        log_prob, entropy = policy.log_prob(batch["action"]), policy.entropy()
+        if self.once:
+            corrected = self._corrected(batch, log_prob.detach(), value.detach())
+            log_prob, entropy, value = log_prob[:-1], entropy[:-1], value[:-1]
+            batch = {**batch, **corrected, "value": value.detach()}
 
         advantage = batch["advantage"]
         centred = advantage - valid_mean(advantage, valid)
         advantage = centred / (valid_mean(centred.square(), valid).sqrt() + 1e-8)
 
-        log_ratio = policy.log_prob(batch["action"]) - batch["log_prob"]
+        log_ratio = log_prob - batch["log_prob"]
         ratio = log_ratio.exp()
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)  # eq. 7
         policy_loss = -valid_mean(surrogate, valid)
@@ -113,7 +131,7 @@ class PPO(Algorithm):
             error = torch.maximum(error, (clipped - batch["target"]).square())
         value_loss = 0.5 * valid_mean(error, valid)
 
-        entropy = valid_mean(policy.entropy(), valid)
+        entropy = valid_mean(entropy, valid)
         loss = policy_loss + self.value_coef * value_loss - self.entropy_coef * entropy  # eq. 9
 
         kl = valid_mean(ratio - 1 - log_ratio, valid).detach()  # unbiased, never negative (Schulman 2020)

@@ -206,7 +206,8 @@ def test_resuming_a_finished_run_changes_nothing(system: str, tmp_path: Path) ->
     before = {path: path.read_bytes() for path in sorted(done.path.rglob("*")) if path.is_file()}
     again = rookery.resume(done.path, quiet=True)
     assert not again.interrupted
-    rookery.resume(done.path, steps=10, quiet=True)
+    with pytest.raises(ValueError, match=r"steps=10: .* has done 1\d\d of 160 already"):
+        rookery.resume(done.path, steps=10, quiet=True)
     assert {path: path.read_bytes() for path in sorted(done.path.rglob("*")) if path.is_file()} == before
 
 
