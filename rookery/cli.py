@@ -294,9 +294,11 @@ def rerun(words: list[str]) -> None:
     original = load(given.run, **_own(given))
     if (step := parting(original, again)) is not None:
         raise Diverged(f"{again.path} learnt something else, first seen at step {step:,}.")
-    if again.summary["steps"] != original.summary["steps"]:
-        steps = f"{again.summary['steps']:,}"
-        print(f"Equal until step {steps}, as far as was told; {again.path} has the checkpoint there.")
+    ours, theirs = (run.saved()["steps"] for run in (again, original))
+    if ours != theirs:
+        print(f"Equal until step {ours:,}, as far as was told; {again.path} has the checkpoint there.")
+        if given.until is None and ours < theirs:
+            raise Diverged(f"the record of who came when ends there, and {original.path} went on to step {theirs:,}.")
         return
     if unlike := differences(original, again):
         raise Diverged(f"{again.path} learnt something else: {', '.join(unlike)}.")
@@ -403,6 +405,7 @@ def _sentence(box: str) -> str:
     parts = [" ".join(part) for is_rule, part in rules if not is_rule]
     text = parts[0 if box.startswith("╭") or len(parts) == 1 else 1]
     text = re.sub(r"^Error parsing (--\S+:)?(\w+: )?", r"\1", text)
+    text = re.sub(r"no type matching .* instantiated from .* - <class '(?:int|float)'>: ", "", text)
     text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", text)
     return re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", text).strip(" .")
 

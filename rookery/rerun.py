@@ -18,6 +18,7 @@ from rookery.runs.folder import RunFolder
 from rookery.runs.metrics import read
 from rookery.runs.recorder import CLOCK
 from rookery.runtimes.arrivals import Replayed, pieces
+from rookery.runtimes.inline import RoleError
 from rookery.runtimes.rerun import Rerun
 from rookery.settings import EnvLike
 from rookery.systems import system_of
@@ -68,7 +69,11 @@ def rerun(
     for (_, budget, record), following in itertools.zip_longest(records, records[1:]):
         resumed_at = None if following is None else following[0]
         make = partial(Rerun, record=Replayed(record), until=until, resumed_at=resumed_at)
-        execute(run, config["system"], dataclasses.replace(options, steps=budget), quiet, saved, make)
+        try:
+            execute(run, config["system"], dataclasses.replace(options, steps=budget), quiet, saved, make)
+        except RoleError:  # it failed then, too, and was resumed
+            if following is None:
+                raise
         saved = saved_whole(run)
         if until is not None and saved["run"]["roles"]["learner_0"]["counts"]["updates"] >= until:
             break

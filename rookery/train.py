@@ -99,9 +99,10 @@ def train(
         "network": None if own is None else getattr(own, "__name__", type(own).__name__),
         "own": {"env": not isinstance(env, str), "algorithm": not _is_ours(name, algorithm)},
     }
-    run.folder.write_config(config)
     try:
-        return execute(run, name, options, quiet=quiet)
+        with run.folder.claimed():
+            run.folder.write_config(config)
+            return execute(run, name, options, quiet=quiet)
     except (ClusterError, RunFolderError, KeyboardInterrupt):
         if not run.checkpoints.steps():  # nothing was begun: the folder is free for another attempt
             shutil.rmtree(run.path, ignore_errors=True)
@@ -140,15 +141,24 @@ def resume(
     if steps is not None and steps < min(options.steps, saved["steps"]):
         done = f"has done {saved['steps']:,} of {options.steps:,} already"
         raise ValueError(f"steps={steps}: {run.path} {done}; use more, or leave it out.")
-    over = (run.path / "summary.json").exists() and not run.summary["interrupted"]
+    over = _is_over(run)
     if over and saved["steps"] >= (steps or options.steps):
         log.warning("%s is over, at step %s; ask for more than that to go on", run.path, f"{saved['steps']:,}")
         return run
     changed: dict[str, Any] = {"steps": steps, "address": address}
     options = dataclasses.replace(options, **{name: new for name, new in changed.items() if new is not None})
     fields = {"class": type(run.algorithm).__name__, **dataclasses.asdict(cast(Any, run.algorithm))}
-    run.folder.write_config({**run.config, "algorithm": fields, "options": dataclasses.asdict(options)})
-    return execute(run, run.config["system"], options, quiet=quiet, saved=saved)
+    with run.folder.claimed():
+        run.folder.write_config({**run.config, "algorithm": fields, "options": dataclasses.asdict(options)})
+        return execute(run, run.config["system"], options, quiet=quiet, saved=saved)
+
+
+def _is_over(run: Run) -> bool:
+    """Whether it came to its end; a summary that cannot be read is written anew."""
+    try:
+        return (run.path / "summary.json").exists() and not run.summary["interrupted"]
+    except (RunFolderError, KeyError):
+        return False
 
 
 def saved_whole(run: Run) -> dict[str, Any]:
@@ -197,6 +207,9 @@ def execute(
             except RoleError as error:
                 if error.state is not None:
                     keeper.rescue(error.state)
+                if make_runtime is None and (steps := run.checkpoints.steps()):
+                    newest = f"{steps[-1]:,}"
+                    log.warning("the newest checkpoint is of step %s; go on with: rookery resume %s", newest, run.path)
                 raise
             keeper.finish(state)
     finally:

@@ -274,6 +274,8 @@ def test_a_mistake_is_one_sentence(
             "rookery: --lr: 'fast' is not a number. `rookery train ppo tensor:CartPole-v1 --help` says more.",
         ),
         ("--envs 3.5", "rookery: --envs: '3.5' is not a whole number. "),
+        ("--threads 1.5", "rookery: --threads: '1.5' is not a whole number. "),
+        ("--max-grad-norm wide", "rookery: --max-grad-norm: 'wide' is not a number. "),
         ("--envs", "rookery: Missing value for argument '--envs'. "),
         ("--memory lstmm", "rookery: invalid choice 'lstmm' for argument '--memory'. Expected one of ('none', "),
         ("--steps 0", "rookery: steps=0 is too small; use 1 or more. `rookery train"),

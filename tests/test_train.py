@@ -930,3 +930,27 @@ def test_a_script_that_would_train_again_in_each_process_is_told_so_once(tmp_pat
     assert "put what trains under `if __name__ == '__main__':`" in done.stderr.splitlines()[-1]
     assert done.stderr.count("Traceback") == 1, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "script.py"]
+
+
+def test_a_run_that_goes_on_is_not_resumed(trained: rookery.Run, tmp_path: Path) -> None:
+    path = copy_of(trained, tmp_path / "run")
+    before = {each: each.read_bytes() for each in path.rglob("*") if each.is_file()}
+    with rookery.load(path).folder.claimed():
+        with pytest.raises(RunFolderError, match=rf"is being trained by process {os.getpid()}; wait until"):
+            rookery.resume(path, steps=500, quiet=True)
+        (path / ".lock").unlink()
+        assert {each: each.read_bytes() for each in path.rglob("*") if each.is_file()} == before
+    assert rookery.resume(path, steps=128, quiet=True).summary["steps"] >= 128
+
+
+def test_a_damaged_summary_is_written_anew(trained: rookery.Run, tmp_path: Path) -> None:
+    path = copy_of(trained, tmp_path / "run")
+    (path / "summary.json").write_text("{")
+    assert rookery.resume(path, steps=128, quiet=True).summary["steps"] >= 128
+
+
+def test_a_folder_whose_run_has_no_checkpoint(trained: rookery.Run, tmp_path: Path) -> None:
+    path = copy_of(trained, tmp_path / "run")
+    shutil.rmtree(path / "checkpoints")
+    with pytest.raises(RunFolderError, match=r"has no checkpoint: .* delete the folder, or name another one"):
+        train(path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from rookery.runs.metrics import plain
 
 __all__ = ["RunFolder", "RunFolderError", "versions"]
 
-CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
+CONFIG, SUMMARY, METRICS, LOCK = "config.json", "summary.json", "metrics.jsonl", ".lock"
 # Whatever can change a run's numbers, or draws its environment.
 PACKAGES = ("rookery", "torch", "numpy", "tensordict", "gymnasium", "envpool", "ale-py", "mujoco", "pettingzoo", "ray")
 
@@ -67,6 +70,11 @@ class RunFolder:
         folder = _unused(system, env, seed) if path is None else Path(path).expanduser()
         try:
             taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+            if taken and (folder / CONFIG).exists() and not (folder / "checkpoints").exists():
+                raise RunFolderError(
+                    f"{folder} holds a run that has no checkpoint: it has only begun, or ended before its first; "
+                    "delete the folder, or name another one."
+                )
             if taken and (folder / CONFIG).exists():
                 raise RunFolderError(
                     f"{folder} already holds a run; continue it with `rookery resume {folder}`, or name another folder."
@@ -91,6 +99,35 @@ class RunFolder:
             what = "holds no run" if folder.is_dir() else "is no folder"
             raise RunFolderError(f"{folder} {what} ({CONFIG} is missing); name a folder that `rookery train` has made.")
         return cls(folder)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Nobody else goes on with this run meanwhile; however this process ends, others may then.
+
+        Raises:
+            RunFolderError: if somebody is at it.
+        """
+        try:
+            import fcntl
+
+            file = (self.path / LOCK).open("a+")
+        except (ImportError, OSError):  # no such locks here; a folder that nobody may write is refused when it is
+            yield
+            return
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise RunFolderError(
+                    f"{self.path} is being trained by process {file.read()}; wait until it is over, or stop it."
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write the fully resolved `config` (its seed included), and the versions it runs with.

@@ -95,6 +95,12 @@ class Watched:
             self.found = row["measured"]
             self.dropped.update(row["measured"].get("dropped", {}))
 
+    def _lag(self) -> tuple[float, int] | None:
+        """Mean and greatest, of the last row; once it is over, of the whole run."""
+        if self.ended and (whole := self.folder.read_summary().get("policy_lag")):
+            return whole["mean"], whole["max"]
+        return (row["policy_lag"], row["policy_lag_max"]) if "policy_lag" in (row := self._learner) else None
+
     def deaths(self) -> list[str]:
         """Which roles were started again, how often and why; units dropped, by reason; versions undone, by word."""
         named = (("restarted", self.restarts), ("dropped", self.dropped), ("undone", self.undone))
@@ -117,9 +123,9 @@ class Watched:
         (before, least), (now, step) = self._pace[0], self._pace[-1]
         parts += [f"{(step - least) / (now - before):,.0f} steps/s"] if now > before and not self.ended else []
         parts += [str(self._returns)] if self._returns.episodes else []
-        evaluated, lag = self._evaluation.get("eval_return_mean"), self._learner.get("policy_lag")
+        evaluated, lag = self._evaluation.get("eval_return_mean"), self._lag()
         parts += [f"evaluation {evaluated:.1f}{succeeded(self._evaluation)}"] if evaluated is not None else []
-        parts += [f"policy lag {lag:.1f}, at most {self._learner['policy_lag_max']}"] if lag is not None else []
+        parts += [f"policy lag {lag[0]:.1f}, at most {lag[1]}"] if lag is not None else []
         if self.ended:
             return "  ".join(["over", *parts])
         age = time.time() - self.folder.metrics.stat().st_mtime if self.folder.metrics.exists() else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import zlib
 from pathlib import Path
 
@@ -29,7 +30,8 @@ log = logging.getLogger("rookery")
 # What happens; an event is the number of a role, times 8, plus one of these.
 MESSAGE, KEPT, DIED, TURN, RELENT, PAUSE, RESUME, MOVED = range(8)
 BETWEEN = (PAUSE, RESUME, MOVED)  # turns
-FLUSH = 4096  # events between two writes, unless the state is taken: so many are lost with a killed process
+# Between two writes, unless the state is taken: what is lost with a killed process.
+FLUSH, SECONDS = 4096, 1.0  # events, and seconds
 
 
 class Arrivals:
@@ -40,6 +42,7 @@ class Arrivals:
         self.path, self._given_up = path, False
         self._file, self._pack = path.open("wb"), zlib.compressobj(6)
         self._events: list[int] = []
+        self._flushed = time.monotonic()
         self._turns = False  # whether a turn began of which nothing is written yet
 
     def note(self, what: int, role: int = 0) -> None:
@@ -53,13 +56,15 @@ class Arrivals:
             self._turns = False
             self._events.append(TURN)
         self._events.append(role * 8 + what)
-        if what == RESUME or len(self._events) >= FLUSH:  # a checkpoint is not to be ahead of the record
+        late = len(self._events) >= FLUSH or time.monotonic() - self._flushed > SECONDS
+        if what == RESUME or late:  # a checkpoint is not to be ahead of the record
             self.flush()
 
     def flush(self) -> None:
         """Put into the file what was noted."""
         packed = self._pack.compress(np.array(self._events, "<u2").tobytes())
         self._events.clear()
+        self._flushed = time.monotonic()
         try:
             self._file.write(packed + self._pack.flush(zlib.Z_SYNC_FLUSH))
             self._file.flush()
@@ -97,8 +102,10 @@ class Replayed:
     """Reads them again, and checks that what happens is what happened."""
 
     def __init__(self, path: Path) -> None:
-        unpack = zlib.decompressobj()
-        data = unpack.decompress(path.read_bytes())
+        try:
+            data = zlib.decompressobj().decompress(path.read_bytes())
+        except zlib.error as error:
+            raise ValueError(f"{path} is damaged ({error}); the run cannot be repeated.") from None
         self.events = np.frombuffer(data[: len(data) // 2 * 2], "<u2").tolist()
         self.at = 0
         self._kept: dict[int, list[bool]] = {}  # of each role's messages since it began, which hand over its state

@@ -278,7 +278,8 @@ class Local:
                         "processes import the script they are started from, and this one would train again in each: "
                         "put what trains under `if __name__ == '__main__':`, or use runtime='inline'."
                     ) from None
-                hint = "" if member.spoke else " before it began; what it says stands above"
+                killed = cause.startswith("signal")
+                hint = "" if member.spoke else " before it began" + "; what it says stands above" * (not killed)
                 self._revive(member, f"its process ended ({cause}){hint}", error)
                 return
             if message[0] == "told":  # which changes nothing

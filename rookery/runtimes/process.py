@@ -68,6 +68,7 @@ class Link:
         self._handed, self._took = time.monotonic(), 0.0  # when the state was last handed over, and how long that took
         self.published = False  # since the state was last to be handed over
         self._at_first, self._told = told(None), 0.0  # the part's account when it was kept; when it was last told
+        self._cpu = 0.0  # seconds of processor time, when it was kept
 
     def send(self, *message: Any) -> None:
         try:
@@ -121,12 +122,12 @@ class Link:
 
     def keep(self, part: Stateful) -> None:
         """Take the role's part, as it begins."""
-        self.part, self._at_first = part, told(part)
+        self.part, self._at_first, self._cpu = part, told(part), time.process_time()
 
     def account(self) -> None:
         """Say what the role's work was so far."""
         self._told = time.monotonic()
-        account: Told = {**combined(told(self.part), self._at_first, -1), "cpu": time.process_time()}
+        account: Told = {**combined(told(self.part), self._at_first, -1), "cpu": time.process_time() - self._cpu}
         self.send("told", account)
 
     def know(self, number: int, box: Any) -> None:

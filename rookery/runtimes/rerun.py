@@ -147,7 +147,7 @@ class Rerun(Local):
             if what == RELENT:
                 self._relent()
             elif what == DIED:
-                self._revive(member, "its process ended in the run that is repeated", RuntimeError("not this one"))
+                self._revive(member, "its process ended in the run that is repeated", EOFError())
             else:
                 self._repeat(member, what, number)
 

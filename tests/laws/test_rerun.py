@@ -151,6 +151,14 @@ def test_what_was_killed_is_repeated_once_it_was_resumed(tmp_path: Path) -> None
     assert differences(resumed, again(resumed)) == []
 
 
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    run = local("impala", tmp_path / "run", actors=2)
+    (record,) = (run.path / "arrivals").iterdir()
+    record.write_bytes(record.read_bytes()[:40] + b"junk" + record.read_bytes()[44:])
+    with pytest.raises(ValueError, match=r"arrivals/.*\.bin is damaged \(.*\); the run cannot be repeated\.$"):
+        again(run)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_without_space_for_the_record_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

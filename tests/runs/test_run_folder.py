@@ -47,6 +47,9 @@ def test_default_names_are_one_folder_deep_and_never_collide(tmp_path: Path, mon
 
 def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     RunFolder.create(tmp_path, "ppo", "CartPole-v1", 0).write_config({"seed": 0})
+    with pytest.raises(RunFolderError, match=r"has no checkpoint: it has only begun, .* delete the folder"):
+        RunFolder.create(tmp_path, "ppo", "CartPole-v1", 0)
+    (tmp_path / "checkpoints").mkdir()
     with pytest.raises(RunFolderError, match=r"already holds a run; continue it with `rookery resume .*another folder"):
         RunFolder.create(tmp_path, "ppo", "CartPole-v1", 0)
     assert RunFolder.open(tmp_path).read_config()["seed"] == 0
