@@ -303,7 +303,10 @@ class Keeper:
         if saved is None:
             log.truncate_after(self.step)
         else:
-            due = saved["run"]["roles"].get("evaluator_0", {}).get("due", math.inf)
+            evaluator = saved["run"]["roles"].get("evaluator_0", {})
+            due = evaluator.get("due", math.inf)
+            if due <= self.step and log.has("evaluator", self.step):  # the run ended, and evaluated, before it could
+                due = evaluator["due"] = (self.step // options.eval_every + 1) * options.eval_every
             log.truncate_after(self.step, saved["recorder"].get("rows"), due)
         sinks = [open_sink(name, run.folder.path, run.config, self.step) for name in options.sinks]
         self.recorder = Recorder(log, sinks, Progress(options.steps, quiet, self.step))

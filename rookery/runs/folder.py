@@ -17,7 +17,7 @@ from rookery.runs.metrics import plain
 
 __all__ = ["RunFolder", "RunFolderError", "versions"]
 
-CONFIG, SUMMARY, METRICS, LOCK = "config.json", "summary.json", "metrics.jsonl", ".lock"
+CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
 # Whatever can change a run's numbers, or draws its environment.
 PACKAGES = ("rookery", "torch", "numpy", "tensordict", "gymnasium", "envpool", "ale-py", "mujoco", "pettingzoo", "ray")
 
@@ -107,27 +107,15 @@ class RunFolder:
         Raises:
             RunFolderError: if somebody is at it.
         """
+        folder = os.open(self.path, os.O_RDONLY)
         try:
-            import fcntl
-
-            file = (self.path / LOCK).open("a+")
-        except (ImportError, OSError):  # no such locks here; a folder that nobody may write is refused when it is
-            yield
-            return
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
+            if not _locked(folder):
                 raise RunFolderError(
-                    f"{self.path} is being trained by process {file.read()}; wait until it is over, or stop it."
-                ) from None
-            except OSError:  # a file system without locks
-                pass
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+                    f"{self.path} is being trained by another process; wait until it is over, or stop it."
+                )
             yield
+        finally:
+            os.close(folder)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write the fully resolved `config` (its seed included), and the versions it runs with.
@@ -165,6 +153,19 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise RunFolderError(f"{path} cannot be read: {reason(error)}; train the run again.") from error
         return value
+
+
+def _locked(folder: int) -> bool:
+    """Whether it could be locked, or is where nothing can be."""
+    try:
+        import fcntl
+
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def _unused(system: str, env: str, seed: int) -> Path:
