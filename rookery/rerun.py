@@ -22,7 +22,7 @@ from rookery.runtimes.inline import RoleError
 from rookery.runtimes.rerun import Rerun
 from rookery.settings import EnvLike
 from rookery.systems import system_of
-from rookery.train import ARRIVALS, execute, saved_whole
+from rookery.train import ARRIVALS, execute, saved_whole, settle
 
 __all__ = ["differences", "parting", "rerun"]
 
@@ -75,6 +75,7 @@ def rerun(
             if following is None:
                 raise
         saved = saved_whole(run)
+        settle(saved, budget, options.eval_every)
         if until is not None and saved["run"]["roles"]["learner_0"]["counts"]["updates"] >= until:
             break
     return run

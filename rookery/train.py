@@ -145,6 +145,7 @@ def resume(
     if over and saved["steps"] >= (steps or options.steps):
         log.warning("%s is over, at step %s; ask for more than that to go on", run.path, f"{saved['steps']:,}")
         return run
+    settle(saved, options.steps, options.eval_every)
     changed: dict[str, Any] = {"steps": steps, "address": address}
     options = dataclasses.replace(options, **{name: new for name, new in changed.items() if new is not None})
     fields = {"class": type(run.algorithm).__name__, **dataclasses.asdict(cast(Any, run.algorithm))}
@@ -159,6 +160,13 @@ def _is_over(run: Run) -> bool:
         return (run.path / "summary.json").exists() and not run.summary["interrupted"]
     except (RunFolderError, KeyError):
         return False
+
+
+def settle(saved: dict[str, Any], budget: int, eval_every: int) -> None:
+    """Leave the evaluation at a run's end to the run, which makes it itself, where its evaluator is late for it."""
+    evaluator = saved["run"]["roles"].get("evaluator_0")
+    if evaluator is not None and saved["steps"] >= budget:
+        evaluator["due"] = max(evaluator["due"], (saved["steps"] // eval_every + 1) * eval_every)
 
 
 def saved_whole(run: Run) -> dict[str, Any]:
@@ -303,10 +311,7 @@ class Keeper:
         if saved is None:
             log.truncate_after(self.step)
         else:
-            evaluator = saved["run"]["roles"].get("evaluator_0", {})
-            due = evaluator.get("due", math.inf)
-            if due <= self.step and log.has("evaluator", self.step):  # the run ended, and evaluated, before it could
-                due = evaluator["due"] = (self.step // options.eval_every + 1) * options.eval_every
+            due = saved["run"]["roles"].get("evaluator_0", {}).get("due", math.inf)
             log.truncate_after(self.step, saved["recorder"].get("rows"), due)
         sinks = [open_sink(name, run.folder.path, run.config, self.step) for name in options.sinks]
         self.recorder = Recorder(log, sinks, Progress(options.steps, quiet, self.step))

@@ -97,10 +97,6 @@ class MetricsLog:
             raise self._unwritable(error) from error
         self.rows += row.get("role") != RUNTIME
 
-    def has(self, role: str, step: int) -> bool:
-        """Whether there is a row of that role and step."""
-        return any(row.get("role") == role and row["step"] == step for _, row in _lines(self.path))
-
     def truncate_after(self, step: int, rows: int | None = None, due: float = math.inf) -> None:
         """Drop what came after the checkpoint at `step`, as a resume from there must: it will write that again.
 
