@@ -390,15 +390,16 @@ class Keeper:
         return self.reached or self.signal is not None
 
     def measure(self) -> dict[str, Any]:
-        """Write down what the runtime measured since the last time; gives what it measured since the first update.
-
-        Before that roles are built, compile, and wait for each other to be there.
-        """
+        """Write down what the runtime measured since the last time; gives what it measured altogether."""
         measured, self._wrote = self.measured(), (time.monotonic(), self.step)
         if measured["seconds"]:  # else processes are being started
             found = account(since(measured, self._measured))
             self.write(RUNTIME, 0, self.step, {**flat(found), "measured": condensed(found)})
             self._measured = measured
+        return measured
+
+    def _whole(self, measured: dict[str, Any]) -> dict[str, Any]:
+        """The run's account, from its first update on: before, roles are built, compile, and wait for each other."""
         whole = account(measured)
         if self._first is None or self._first[0] == self.step:
             return whole
@@ -447,7 +448,7 @@ class Keeper:
     def finish(self, state: dict[str, Any]) -> None:
         """The last checkpoint, the last evaluation and the summary."""
         self.step = state["steps"]
-        measured = self.measure()
+        found = self._whole(self.measure())
         if self._unwritten or self._saved_at != self.step or self._updates != _updates(state):
             self.save(state)
         run, options, seconds = self.run, self.options, self.seconds()
@@ -467,7 +468,7 @@ class Keeper:
                 "seconds": seconds,
                 "steps_per_second": self.step / max(seconds, 1e-9),
                 **self.recorder.summary(),
-                **{name: measured[name] for name in MEASURED},
+                **{name: found[name] for name in MEASURED},
                 "episodes_restarted": self._anew,
                 "device": options.device,
                 "backend": spec.backend,
