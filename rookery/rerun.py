@@ -22,7 +22,7 @@ from rookery.runtimes.inline import RoleError
 from rookery.runtimes.rerun import Rerun
 from rookery.settings import EnvLike
 from rookery.systems import system_of
-from rookery.train import ARRIVALS, execute, saved_whole, settle
+from rookery.train import ARRIVALS, execute, saved_whole
 
 __all__ = ["differences", "parting", "rerun"]
 
@@ -68,14 +68,14 @@ def rerun(
     options, saved = dataclasses.replace(run._make_env.options, sinks=()), None
     for (_, budget, record), following in itertools.zip_longest(records, records[1:]):
         resumed_at = None if following is None else following[0]
+        options = dataclasses.replace(options, steps=budget)
         make = partial(Rerun, record=Replayed(record), until=until, resumed_at=resumed_at)
         try:
-            execute(run, config["system"], dataclasses.replace(options, steps=budget), quiet, saved, make)
+            execute(run, config["system"], options, quiet, saved, make)
         except RoleError:  # it failed then, too, and was resumed
             if following is None:
                 raise
-        saved = saved_whole(run)
-        settle(saved, budget, options.eval_every)
+        saved = saved_whole(run, options)
         if until is not None and saved["run"]["roles"]["learner_0"]["counts"]["updates"] >= until:
             break
     return run

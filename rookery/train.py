@@ -137,19 +137,18 @@ def resume(
     run = load(path, algorithm=algorithm, env=env, network=network)
     if (now := type(run.algorithm).__name__) != (before := run.config["algorithm"]["class"]):
         log.warning("%s was trained with %s, and goes on with %s", run.path, before, now)
-    options, saved = run._make_env.options, saved_whole(run)
-    if steps is not None and steps < min(options.steps, saved["steps"]):
-        done = f"has done {saved['steps']:,} of {options.steps:,} already"
-        raise ValueError(f"steps={steps}: {run.path} {done}; use more, or leave it out.")
-    over = _is_over(run)
-    if over and saved["steps"] >= (steps or options.steps):
-        log.warning("%s is over, at step %s; ask for more than that to go on", run.path, f"{saved['steps']:,}")
-        return run
-    settle(saved, options.steps, options.eval_every)
-    changed: dict[str, Any] = {"steps": steps, "address": address}
-    options = dataclasses.replace(options, **{name: new for name, new in changed.items() if new is not None})
-    fields = {"class": type(run.algorithm).__name__, **dataclasses.asdict(cast(Any, run.algorithm))}
     with run.folder.claimed():
+        options = run._make_env.options
+        saved = saved_whole(run, options)
+        if steps is not None and steps < min(options.steps, saved["steps"]):
+            done = f"has done {saved['steps']:,} of {options.steps:,} already"
+            raise ValueError(f"steps={steps}: {run.path} {done}; use more, or leave it out.")
+        if _is_over(run) and saved["steps"] >= (steps or options.steps):
+            log.warning("%s is over, at step %s; ask for more than that to go on", run.path, f"{saved['steps']:,}")
+            return run
+        changed: dict[str, Any] = {"steps": steps, "address": address}
+        options = dataclasses.replace(options, **{name: new for name, new in changed.items() if new is not None})
+        fields = {"class": type(run.algorithm).__name__, **dataclasses.asdict(cast(Any, run.algorithm))}
         run.folder.write_config({**run.config, "algorithm": fields, "options": dataclasses.asdict(options)})
         return execute(run, run.config["system"], options, quiet=quiet, saved=saved)
 
@@ -162,15 +161,8 @@ def _is_over(run: Run) -> bool:
         return False
 
 
-def settle(saved: dict[str, Any], budget: int, eval_every: int) -> None:
-    """Leave the evaluation at a run's end to the run, which makes it itself, where its evaluator is late for it."""
-    evaluator = saved["run"]["roles"].get("evaluator_0")
-    if evaluator is not None and saved["steps"] >= budget:
-        evaluator["due"] = max(evaluator["due"], (saved["steps"] // eval_every + 1) * eval_every)
-
-
-def saved_whole(run: Run) -> dict[str, Any]:
-    """The state in the newest checkpoint, replay included."""
+def saved_whole(run: Run, options: Options) -> dict[str, Any]:
+    """The state in the newest checkpoint of a run with these options, to go on from, replay included."""
     saved = run.saved()
     replay = run.checkpoints.replay(saved["steps"])
     if replay is not None:
@@ -179,6 +171,9 @@ def saved_whole(run: Run) -> dict[str, Any]:
             saved["run"]["words"].setdefault("replay", {})["store"] = store
         for name, shard in shards.items():
             saved["run"]["roles"][name]["replay"] = shard
+    evaluator = saved["run"]["roles"].get("evaluator_0")
+    if evaluator is not None and saved["steps"] >= options.steps:  # the run itself makes the evaluation at its end
+        evaluator["due"] = max(evaluator["due"], (saved["steps"] // options.eval_every + 1) * options.eval_every)
     return saved
 
 

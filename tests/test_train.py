@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -421,10 +422,13 @@ def test_a_checkpoint_has_the_score_of_its_own_evaluation(runtime: str, tmp_path
 def test_a_resumed_run_evaluates_no_step_twice(runtime: str, tmp_path: Path) -> None:
     run = train(tmp_path / "run", runtime=runtime, steps=192)
     before = evaluations(run)
-    *_, ended = run.checkpoints.steps()
+    *_, resumed_at, ended = run.checkpoints.steps()
     shutil.rmtree(run.checkpoints.path(ended))
-    again = rookery.resume(run.path, quiet=True)
-    assert evaluations(again) == before
+    again = evaluations(rookery.resume(run.path, quiet=True))
+    # In processes an evaluator plays the newest weights there are when it is free, which is a matter of time.
+    settled = math.inf if runtime == "inline" else resumed_at
+    assert [each for each in again if each[0] < settled] == [each for each in before if each[0] < settled]
+    assert [step // 32 for step, _ in again] == list(range(1, 7))
     longer = rookery.resume(run.path, steps=256, quiet=True)
     assert [step // 32 for step, _ in evaluations(longer)] == list(range(1, 9))
 
@@ -432,14 +436,14 @@ def test_a_resumed_run_evaluates_no_step_twice(runtime: str, tmp_path: Path) -> 
 def test_the_last_evaluation_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the run ended before its evaluator had seen the last weights: it is not played anew, or left out."""
     run = train(tmp_path / "run", steps=192)
-    before, whole = evaluations(run), sys.modules["rookery.train"].saved_whole
+    before, saved_of = evaluations(run), rookery.Run.saved
 
-    def seen_late(run: rookery.Run) -> dict[str, Any]:
-        saved = whole(run)
+    def seen_late(run: rookery.Run, *which: Any) -> dict[str, Any]:
+        saved = saved_of(run, *which)
         saved["run"]["roles"]["evaluator_0"]["due"] = 192
         return saved
 
-    monkeypatch.setattr(sys.modules["rookery.train"], "saved_whole", seen_late)
+    monkeypatch.setattr(rookery.Run, "saved", seen_late)
     longer = evaluations(rookery.resume(run.path, steps=256, quiet=True))
     assert longer[:-2] == before
     assert [step // 32 for step, _ in longer] == list(range(1, 9))

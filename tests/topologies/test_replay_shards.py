@@ -52,7 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., rookery.R
 
 
 def saved(run: rookery.Run) -> dict[str, Any]:
-    state: dict[str, Any] = saved_whole(run)["run"]
+    state: dict[str, Any] = saved_whole(run, run._make_env.options)["run"]
     return state
 
 
